@@ -1,0 +1,99 @@
+"""Text -> ids -> batches. One token a character, so how an answer is tokenised never depends on what stands before it.
+
+A sequence is `<bos> q <think> t </think> a <eos>`; without thinking `<bos> q <think></think> a <eos>`. An Example carries the same
+thing as text plus which of its tokens are targets; `batch` turns many into padded tensors.
+"""
+import random
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+from data import arithmetic
+
+CHARS = "0123456789+-*()%=;W."
+SPECIAL = ("<pad>", "<bos>", "<think>", "</think>", "<eos>")
+ENCODING = tiktoken.Encoding(name="raml-arithmetic-1", pat_str="(?s:.)", mergeable_ranks={c.encode(): i for i, c in enumerate(CHARS)},
+                             special_tokens={s: len(CHARS) + i for i, s in enumerate(SPECIAL)})
+PAD, BOS, THINK, END_THINK, EOS = (ENCODING.encode_single_token(s) for s in SPECIAL)
+VOCAB = len(CHARS) + len(SPECIAL)
+IGNORE = -100                                                               # target id that the loss skips
+
+
+def encode(text):
+    """Text without special tokens -> list of ids. ValueError names a character that the encoding lacks."""
+    for c in text:                                                          # tiktoken itself panics on one
+        if c not in CHARS:
+            raise ValueError(f"the encoding has no character {c!r}")
+    return ENCODING.encode_ordinary(text)
+
+def decode(ids):
+    return ENCODING.decode([int(i) for i in ids])
+
+def prompt(question, think=None):
+    """Ids of `<bos> q <think>`, and of `t </think>` behind it where `think` is a text (`''`: answer directly)."""
+    ids = [BOS, *encode(question), THINK]
+    return ids if think is None else ids + [*encode(think), END_THINK]
+
+
+class Example(NamedTuple):
+    """A training sequence. learn: 'all' (trajectory, </think>, answer are targets), 'cut' (all but </think>), 'answer' (the answer)."""
+    question: str
+    think: str
+    answer: str
+    learn: str = "all"
+
+
+class Mix(NamedTuple):
+    """What training samples are made of: shares of domains, of operand counts (weights in the order of TRAINED), of kinds."""
+    domains: dict = {"expr": 0.5, "sum": 0.3, "modsum": 0.2}
+    operands: dict = {"expr": (1, 3, 6), "sum": (1, 2, 5, 2), "modsum": (2, 3, 5)}
+    style: str = "long"
+    direct: float = 0.10                                                    # share that answers without a trajectory
+    cut: float = 0.10                                                       # share whose trajectory stops anywhere, then the answer
+    filler: float = 0.03                                                    # share that thinks in dots
+
+    def sample(self, rng):
+        """-> a random training Example."""
+        domain = rng.choices(list(self.domains), list(self.domains.values()))[0]
+        operands = rng.choices(arithmetic.TRAINED[domain], self.operands[domain])[0]
+        q = arithmetic.draw(rng, domain, operands)
+        u = rng.random()
+        if u < self.direct:
+            return Example(q.text, "", q.answer, "answer")
+        if u < self.direct + self.filler:
+            return Example(q.text, "." * rng.randint(1, 8 * (operands - 1)), q.answer, "answer")
+        think = ";".join(arithmetic.steps(q, rng, self.style)[0])
+        if u < self.direct + self.filler + self.cut:
+            return Example(q.text, think[:rng.randrange(len(think))], q.answer, "cut")
+        return Example(q.text, think, q.answer)
+
+
+def batch(examples, device="cpu", chunks=1):
+    """Examples -> list of `chunks` pairs (x, y) of int64 (B/chunks, T), y shifted by one, IGNORE where nothing is to be learned.
+
+    Sorted by length first, so that a chunk's T is close to the length of everything in it: padding is work without use."""
+    rows = []
+    for e in examples:
+        head, think, tail = prompt(e.question), encode(e.think), [END_THINK, *encode(e.answer), EOS]
+        rows.append((head + think + tail, len(head), len(head) + len(think), e.learn))
+    rows.sort(key=lambda r: len(r[0]))
+    out, size = [], -(-len(rows) // chunks)
+    for i in range(0, len(rows), size):
+        part = rows[i:i + size]
+        x = np.full((len(part), len(part[-1][0])), PAD)
+        y = np.full_like(x, IGNORE)
+        for j, (ids, begin, end, learn) in enumerate(part):
+            x[j, :len(ids)] = ids
+            first = end + 1 if learn == "answer" else begin
+            y[j, first:len(ids)] = ids[first:]
+            if learn == "cut":
+                y[j, end] = IGNORE                                          # where to stop was chance: not a habit to learn
+        out.append(tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in (x[:, :-1], y[:, 1:])))
+    return out
+
+def batch_at(step, size, mix, seed, device="cpu", chunks=1):
+    """The training batch of a step: a pure function of (seed, step), so that a resumed run needs no generator state."""
+    rng = random.Random(f"{seed}/{step}")
+    return batch([mix.sample(rng) for _ in range(size)], device, chunks)

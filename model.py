@@ -1,0 +1,199 @@
+"""theta: a small decoder-only transformer, its attention, its KV cache, and the one hook through which weights can be fast.
+
+Every linear layer calls `hook(name, x, y)` on its way out, if one is given, and uses what comes back in place of y = x W^T. That is
+enough to record a layer's inputs and outputs, to add the update of an inner loop (meta.py), or to patch weights (analyze.py).
+
+Choices, each for what learned fastest here on two CPU cores: rotary positions (2104.09864: relative, nothing to learn), LayerNorm without
+gains (on a CPU one kernel where RMSNorm is five), ReLU (cheapest, and no worse), normalised queries and keys (2010.04245: bears Muon's large
+steps), zero-initialised output projections (a block starts as the identity), no biases, no weight tying.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """The shape of a model. width must divide by heads, and width / heads by 2."""
+    vocab: int
+    layers: int = 4
+    heads: int = 4
+    width: int = 128
+    ratio: int = 4                                                          # hidden units of the MLP / width
+
+
+def norm(x):
+    return F.layer_norm(x, (x.size(-1),))
+
+def rotary(pos, dim):
+    """Positions (B, T) -> cos, sin (B, T, 1, dim) of the rotation of every pair of channels (2104.09864, section 3.4)."""
+    freq = 1e4 ** -(torch.arange(0, dim, 2, device=pos.device) / dim)
+    angle = pos[..., None, None] * freq
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+
+def rotate(x, cos, sin):
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+
+def attention(q, k, v, bias=None, plain=None):
+    """softmax(q k^T / sqrt(D) + bias) v. q (B, H, T, D), k and v (B, H, S, D), bias (B or 1, 1, T, S) 0 or -inf; None: causal, T = S.
+
+    plain=True writes the formula out, False takes the fused kernel, None chooses. Fused kernels have no double backward
+    (pytorch#116350), so whoever differentiates a gradient asks for plain; and on a CPU plain is twice as fast below 128 keys."""
+    if plain is None:
+        plain = q.device.type == "cpu" and k.size(-2) < 128
+    if not plain:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+    if bias is None:
+        bias = torch.full((q.size(-2), k.size(-2)), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    return (q / math.sqrt(q.size(-1)) @ k.mT + bias).softmax(-1) @ v
+
+
+class Linear(nn.Linear):
+    """y = x W^T without a bias, and the hook."""
+    def __init__(self, name, fan_in, fan_out):
+        super().__init__(fan_in, fan_out, bias=False)
+        self.name = name
+
+    def forward(self, x, hook=None):
+        y = super().forward(x)
+        return y if hook is None else hook(self.name, x, y)
+
+
+class Block(nn.Module):
+    def __init__(self, c, i):
+        super().__init__()
+        self.heads = c.heads
+        self.qkv = Linear(f"{i}.qkv", c.width, 3 * c.width)
+        self.out = Linear(f"{i}.out", c.width, c.width)
+        self.up = Linear(f"{i}.up", c.width, c.ratio * c.width)
+        self.down = Linear(f"{i}.down", c.ratio * c.width, c.width)
+
+    def forward(self, x, turn, bias, cache, slot, hook, plain, detach):     # x (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.qkv(norm(x), hook).view(B, T, 3 * self.heads, -1).split(self.heads, 2)        # (B, T, H, D) each
+        q, k, v = (a.transpose(1, 2) for a in (rotate(norm(q), *turn), rotate(norm(k), *turn), v))   # (B, H, T, D)
+        if detach is not None:                                              # cut the path answer -> trajectory (Eq. 8's second order)
+            k, v = (torch.where(detach[:, None, :, None], a.detach(), a) for a in (k, v))
+        if cache is not None:
+            row = torch.arange(B, device=x.device)[:, None]
+            cache[0][row, :, slot], cache[1][row, :, slot] = k.transpose(1, 2), v.transpose(1, 2)
+            k, v = cache[:, :, :, :bias.size(-1)]
+        y = attention(q, k, v, bias, plain)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C), hook)
+        return x + self.down(self.up(norm(x), hook).relu(), hook)
+
+
+class Model(nn.Module):
+    """forward gives hidden states; logits turns those one cares for into scores."""
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.width % c.heads or c.width // c.heads % 2:
+            raise ValueError(f"width {c.width} must be an even multiple of heads {c.heads}")
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        for b in self.blocks:
+            nn.init.zeros_(b.out.weight)
+            nn.init.zeros_(b.down.weight)
+
+    def forward(self, ids, pos=None, mask=None, cache=None, slot=None, hook=None, plain_from=None, detach=None):
+        """ids (B, T) -> normalised hidden states (B, T, C).
+
+        pos (B or 1, T): positions, default 0..T-1. mask (B or 1, 1, T, S): who sees whom, default causal.
+        cache: from `new_cache`; keys and values go to `slot` (B or 1, T; default pos) and the first S slots are looked at (S from mask).
+        hook: see above. plain_from: the first block that must survive a second differentiation. detach (B, T): positions whose
+        keys and values pass no gradient."""
+        if pos is None:
+            pos = torch.arange(ids.size(1), device=ids.device)[None]
+        x = self.embed(ids)
+        turn = rotary(pos, self.config.width // self.config.heads)
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
+        for i, block in enumerate(self.blocks):
+            plain = True if plain_from is not None and i >= plain_from else None
+            x = block(x, turn, bias, None if cache is None else cache[i], pos if slot is None else slot, hook, plain, detach)
+        return norm(x)
+
+    def logits(self, h):
+        return self.head(h).float() if h.dtype == torch.bfloat16 else self.head(h)
+
+    def score(self, h, targets, tau=1.0):
+        """Negative log-likelihood (nats) of targets (B, T) from hidden states, at temperature tau, 0 where a target is negative -> (B, T).
+
+        Logits only where there is a target."""
+        keep = targets >= 0
+        nll = F.cross_entropy(self.logits(h[keep]) / tau, targets[keep], reduction="none")           # (N,)
+        return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(keep, nll)
+
+    def nll(self, ids, targets, **kw):
+        return self.score(self(ids, **kw), targets)
+
+    def new_cache(self, batch, length):
+        """Keys and values of every block: (L, 2, B, H, length, D)."""
+        c, w = self.config, self.head.weight
+        return torch.zeros(c.layers, 2, batch, c.heads, length, c.width // c.heads, dtype=w.dtype, device=w.device)
+
+    @torch.no_grad()
+    def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0, generator=None, pad=0, hook=None):
+        """Continues every prompt (lists of ids, any lengths) until `stop` -> list of lists of new ids, without `stop`.
+
+        temperature 0 is greedy; top_k and top_p (1904.09751) cut the tail first. Prompts are padded on the right; each row writes its
+        cache at its own position, and the padding it wrote is overwritten before anybody may look. The host asks the device
+        whether all are done every 8 tokens only."""
+        device, B = self.head.weight.device, len(prompts)
+        if not B or not min(map(len, prompts)):
+            raise ValueError("generate needs at least one prompt, and none of them empty")
+        sizes = torch.tensor([len(p) for p in prompts])
+        T = int(sizes.max())
+        ids = torch.full((B, T), pad)
+        for row, p in zip(ids, prompts):
+            row[:len(p)] = torch.tensor(p)
+        ids, pos = ids.to(device), sizes.to(device)[:, None]                # pos: where a row's next token goes
+        cache, slots = self.new_cache(B, T + max_new), torch.arange(T + max_new, device=device)
+        h = self(ids, mask=(slots[:T, None] >= slots[:T])[None, None], cache=cache, hook=hook)
+        h = h.gather(1, (pos - 1)[..., None].expand(-1, -1, h.size(-1)))    # (B, 1, C), each row's last
+        out, done = torch.full((B, max_new), stop, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        for i in range(max_new):
+            new = sample(self.logits(h[:, 0]), temperature, top_k, top_p, generator)
+            out[:, i] = torch.where(done, stop, new)
+            done = done | (new == stop)
+            if i + 1 == max_new or (i % 8 == 7 or device.type == "cpu") and bool(done.all()):
+                break
+            S = T + i + 1
+            h = self(out[:, i:i + 1], pos=pos, mask=(slots[:S] <= pos)[:, None, None], cache=cache, hook=hook)
+            pos = pos + 1
+        rows = out.tolist()
+        return [r[:r.index(stop)] if stop in r else r for r in rows]
+
+    def state(self):
+        """What a checkpoint needs to build this model again."""
+        return {"shape": asdict(self.config), "weights": self.state_dict()}
+
+    @classmethod
+    def load(cls, state):
+        """The inverse of `state`. ValueError if the pieces do not fit together."""
+        try:
+            model = cls(Config(**state["shape"]))
+            model.load_state_dict(state["weights"])
+        except (KeyError, TypeError, RuntimeError) as e:
+            raise ValueError(f"these are not the weights of a model of ours: {str(e).splitlines()[0]}") from None
+        return model
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """One id a row from logits (B, V); temperature 0 takes the largest. No device sync."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = p * (p.cumsum(-1) - p < top_p)                                  # keep until the mass before a token reaches top_p
+        p = torch.zeros_like(p).scatter(-1, order, p)
+    race = p / torch.empty_like(p).exponential_(generator=generator)        # the largest is a draw from p; multinomial would sync
+    return race.argmax(-1)

@@ -1,0 +1,21 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import text                                                       # noqa: E402
+from model import Config, Model                                             # noqa: E402
+
+
+@pytest.fixture
+def tiny():
+    """A float64 model with weights that matter everywhere (a fresh one has zero output projections)."""
+    torch.manual_seed(0)
+    model = Model(Config(text.VOCAB, layers=3, heads=2, width=16)).double()
+    for b in model.blocks:
+        for layer in (b.out, b.down):
+            torch.nn.init.normal_(layer.weight, std=0.2)
+    return model

@@ -1,0 +1,419 @@
+"""The outer loop with the trajectory in context: supervised fine-tuning (SFT) on questions, trajectories and answers.
+
+    python train.py                              # trains the default model into out/sft
+    python train.py --resume                     # goes on where it stopped, bit for bit on a CPU
+    python train.py --ask="(3+5)*2-7"            # asks the trained model
+
+Also here, for every script of the project: flags, run folders, checkpoints, the loop around an optimiser step, evaluation.
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import arithmetic, text
+from model import Config, Model
+
+FORMAT = "raml-arithmetic checkpoint 1"
+
+
+# ----------------------------------------------------------------------------------------------------------------------- flags
+
+@dataclass
+class Train:
+    """Supervised fine-tuning of a small transformer on synthetic arithmetic."""
+    method: str = "sft"             # sft: cross-entropy on trajectories and answers
+    preset: str = "auto"            # tiny, gpu, or auto: gpu where there is CUDA
+    out: str = "out/sft"            # the folder of the run
+    resume: bool = False            # go on with the run in --out
+    overwrite: bool = False         # replace the run in --out
+    ask: str = ""                   # do not train: answer this question with the model in --out
+    seed: int = 0                   # of weights and data
+    steps: int = 1600               # optimiser steps
+    batch: int = 64                 # samples a step
+    chunks: int = 2                 # pieces of equal length that a batch is cut into, gradients summed
+    layers: int = 4                 # transformer blocks
+    heads: int = 4                  # attention heads a block
+    width: int = 96                 # channels
+    lr: float = 0.02                # of Muon, for the hidden matrices
+    lr_adam: float = 0.02           # of AdamW, for embedding and head
+    warmup: int = 20                # steps of linear warm-up
+    decay: float = 0.6              # last share of the steps in which the rate falls linearly to 0
+    style: str = "long"             # of the trajectories: long, short, reflect, filler
+    direct: float = 0.10            # share of samples answered without a trajectory
+    cut: float = 0.10               # share of samples whose trajectory stops anywhere
+    questions: int = 200            # held-out questions a cell of the evaluation
+    save_every: int = 100           # steps between checkpoints
+    device: str = "auto"            # cpu, cuda, or auto
+    dtype: str = "auto"             # float32, bfloat16, or auto: bfloat16 on CUDA
+    compile: str = "auto"           # yes, no, or auto: on CUDA
+    threads: int = 0                # CPU threads, 0: as many as torch chooses
+
+PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000, "chunks": 1}}
+POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip"}
+SHARES = {"decay", "direct", "cut", "cut_from", "cut_full"}
+CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
+           "preset": ("auto", "tiny", "gpu"), "method": ("sft",), "style": arithmetic.STYLES[:4],
+           "algo": ("maml", "fomaml", "reptile", "anil", "none"), "inner": ("whole", "step", "token"), "context_grad": ("full", "detached"),
+           "domain": tuple(arithmetic.TRAINED)}
+
+
+def fail(message):
+    """One line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists the flags)")
+
+def flags(cls, argv=None, presets=None):
+    """argv -> (an instance of the dataclass cls, the set of names that argv gave). The comment beside a field is its help."""
+    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
+    parser = Parser(description=cls.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for f in fields(cls):
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__)
+        parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} (default: {f.default!r})".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    for name, v in given.items():
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        if number and (not math.isfinite(v) or v < 0 or v > 1e9 or name in POSITIVE and not v or name in SHARES and v > 1):
+            fail(f"--{name}={v} is out of range" + " (a share: 0 to 1)" * (name in SHARES))
+    preset = {}
+    if presets:
+        name = given.get("preset", "auto")
+        name = name if name != "auto" else "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny"
+        preset = {**presets[name], "preset": name}
+    return cls(**{**preset, **given, **({"preset": preset["preset"]} if preset else {})}), set(given)
+
+
+# ----------------------------------------------------------------------------------------------------------------- run folders
+
+def device_of(c):
+    """Resolves --device, sets threads. Exits 2 where CUDA is asked for and missing."""
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda, but torch finds no CUDA device")
+    return torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+def revision():
+    """The git revision of the code, '+' behind it where files differ from it; 'unknown' outside a repository."""
+    git = lambda *a: subprocess.run(["git", "-C", str(Path(__file__).parent), *a], capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+    except OSError:
+        return "unknown"
+
+def write(path, data):
+    """Whole or not at all: a dict or list as JSON, a string as it is, by way of a temporary file beside the target."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    if isinstance(data, str):
+        temporary.write_text(data)
+    else:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(temporary, path)
+
+def save(path, **state):
+    """A checkpoint, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    torch.save({"format": FORMAT, "encoding": text.ENCODING.name, **state}, temporary)
+    os.replace(temporary, path)
+
+def load(path, device="cpu"):
+    """A checkpoint written by `save` -> dict. Exits 2 with a line that says what is wrong. Nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no checkpoint at {path}")
+    except Exception as e:                                                  # torch raises half a dozen kinds for a broken file
+        fail(f"{path} cannot be read as a checkpoint ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("encoding") != text.ENCODING.name:
+        fail(f"{path} is not a checkpoint of this version of this project")
+    return state
+
+def load_model(path, device="cpu"):
+    """-> (Model on device, the whole checkpoint)."""
+    state = load(path, device)
+    try:
+        return Model.load(state["model"]).to(device), state
+    except (ValueError, KeyError) as e:
+        fail(f"{path}: {e}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- optimisers
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, then the nearest (semi-)orthogonal matrix by five Newton-Schulz steps.
+
+    torch.optim.Muon does the same one matrix at a time in bfloat16, which a CPU without bfloat16 units emulates: there a step of this
+    one, all matrices of a shape at once and in float32, takes a small fraction of the time."""
+    def __init__(self, params, lr=0.02, momentum=0.9):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    g = p.grad.lerp(m, group["momentum"])                   # Nesterov
+                    shapes.setdefault(p.shape, []).append((p, g))
+            for (rows, cols), pairs in shapes.items():
+                x = torch.stack([g for _, g in pairs])
+                x = self.orthogonal(x.mT).mT if rows > cols else self.orthogonal(x)
+                scale = group["lr"] * max(1, rows / cols) ** 0.5
+                for (p, _), u in zip(pairs, x):
+                    p.sub_(u, alpha=scale)
+
+    @staticmethod
+    def orthogonal(x):
+        """(N, R, C), R <= C -> about U V^T of every x = U S V^T."""
+        x = x.bfloat16() if x.is_cuda else x
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x.float()
+
+def optimisers(model, lr, lr_adam):
+    """Muon for the matrices of the blocks, AdamW for embedding and head."""
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [model.embed.weight, model.head.weight]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=rest[0].is_cuda)]
+
+
+# ------------------------------------------------------------------------------------------------------------- the loop around it
+
+def fit(c, model, opts, step, extra=None):
+    """c.steps times: `step(i)` leaves gradients and returns numbers to log; then the optimisers. Checkpoints, log, resume, signals.
+
+    Writes metrics.jsonl (one line a step) and ckpt.pt to c.out; `extra` is a further module for the checkpoint. Stops with
+    exit code 1 at a loss that is not finite (the last good checkpoint stays), 130 / 143 after SIGINT / SIGTERM (saved first).
+    -> seconds of training, over all sittings."""
+    out, start, seconds = Path(c.out), 0, 0.0
+    ckpt, log_path = out / "ckpt.pt", out / "metrics.jsonl"
+    lines = []
+    if c.resume:
+        state = load(ckpt, next(model.parameters()).device)
+        model.load_state_dict(state["model"]["weights"])
+        for o, s in zip(opts, state["optimisers"]):
+            o.load_state_dict(s)
+        if extra is not None:
+            extra.load_state_dict(state["extra"])
+        start, seconds = state["step"], state["seconds"]
+        lines = log_path.read_text().splitlines()[:start]
+    else:
+        for name in ("ckpt.pt", "summary.json"):                            # --overwrite was given, or there are none
+            (out / name).unlink(missing_ok=True)
+        write(out / "config.json", asdict(c))
+    write(log_path, "".join(line + "\n" for line in lines))
+
+    def checkpoint(done):
+        log.flush()
+        save(ckpt, model=model.state(), optimisers=[o.state_dict() for o in opts], step=done, seconds=seconds, config=asdict(c),
+             extra=None if extra is None else extra.state_dict())
+
+    caught = []
+    old = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
+    for o in opts:
+        for g in o.param_groups:
+            g.setdefault("base", g["lr"])
+    try:
+        with open(log_path, "a") as log, tqdm(total=c.steps, initial=start, unit="step", disable=None, dynamic_ncols=True) as bar:
+            for i in range(start, c.steps):
+                began = time.perf_counter()
+                scale = min(1, (i + 1) / max(1, c.warmup), (c.steps - i) / max(1, c.decay * c.steps))
+                for o in opts:
+                    for g in o.param_groups:
+                        g["lr"] = g["base"] * scale
+                numbers = step(i)
+                if not all(math.isfinite(v) for v in numbers.values()):
+                    print(f"error: step {i}: {numbers} is not finite; try a smaller --lr. The last checkpoint, {ckpt}, is good.",
+                          file=sys.stderr)
+                    raise SystemExit(1)
+                for o in opts:
+                    o.step()
+                    o.zero_grad(set_to_none=True)
+                seconds += time.perf_counter() - began
+                log.write(json.dumps({"step": i, **numbers, "seconds": round(seconds, 3)}) + "\n")
+                bar.set_postfix({k: f"{v:.3f}" for k, v in numbers.items() if k != "tokens"}, refresh=False)
+                bar.update()
+                if (i + 1) % c.save_every == 0 or i + 1 == c.steps or caught:
+                    checkpoint(i + 1)
+                if caught:
+                    print(f"\nstopped; go on with: python {Path(sys.argv[0]).name} --out={c.out} --resume", file=sys.stderr)
+                    raise SystemExit(128 + caught[0])
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+    return seconds
+
+def prepare(c, given):
+    """Looks at c.out before a run and changes nothing: refuses to replace a run unasked; with --resume takes the config that it
+    was started with and refuses to change it. -> c."""
+    out = Path(c.out)
+    if not c.resume:
+        if (out / "config.json").exists() and not c.overwrite:
+            fail(f"{out} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
+        return c
+    if not (out / "ckpt.pt").exists():
+        fail(f"there is nothing to resume in {out}")
+    before = load(out / "ckpt.pt")["config"]
+    free = {"device", "threads"} & given                                    # else as before: another thread count rounds differently
+    for k in given - free - {"resume", "overwrite", "out"}:
+        if before[k] != getattr(c, k):
+            fail(f"--{k}={getattr(c, k)} differs from the {before[k]} that the run in {out} was started with")
+    return type(c)(**{**before, **{k: getattr(c, k) for k in free}, "resume": True, "overwrite": False, "out": c.out})
+
+
+# ------------------------------------------------------------------------------------------------------------------ evaluation
+
+def held_out(domain, operands, n, part=None, seed=0):
+    """n questions of a cell, distinct where it has so many: the same for every model. part: default test, or ood where that applies."""
+    part = part or ("test" if operands in arithmetic.TRAINED.get(domain, ()) else "ood")
+    rng, found = random.Random(f"{seed}/{domain}/{operands}/{part}"), {}
+    for _ in range(20 * n):
+        q = arithmetic.draw(rng, domain, operands, part)
+        found.setdefault(arithmetic.canonical(q), q)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+def respond(model, questions, mode="trajectory", max_new=96, **sampling):
+    """Model output for Questions -> list of (trajectory text or None, answer text). mode: 'trajectory' thinks first, 'direct' does not."""
+    think = None if mode == "trajectory" else ""
+    rows = model.generate([text.prompt(q.text, think) for q in questions], text.EOS, max_new if think is None else 6, pad=text.PAD, **sampling)
+    out = []
+    for row in rows:
+        t, a = (row[:row.index(text.END_THINK)], row[row.index(text.END_THINK) + 1:]) if think is None and text.END_THINK in row else \
+               (row, []) if think is None else ([], row)
+        out.append((text.decode(t), text.decode(a)))
+    return out
+
+def exact_match(model, cells, n, seed=0, size=1024):
+    """{domain: {operands: {mode: share right}}} over n held-out questions a cell, and a few mistakes as text."""
+    questions = [(d, k, q) for d, ks in cells.items() for k in ks for q in held_out(d, k, n, seed=seed)]
+    right, mistakes = {}, []
+    for mode in ("trajectory", "direct"):
+        for i in range(0, len(questions), size):
+            part = questions[i:i + size]
+            for (d, k, q), (t, a) in zip(part, respond(model, [q for *_, q in part], mode)):
+                ok = arithmetic.verify(q, a)
+                right.setdefault(d, {}).setdefault(str(k), {}).setdefault(mode, []).append(ok)
+                if not ok and mode == "trajectory" and k in arithmetic.TRAINED.get(d, ()):
+                    mistakes.append(f"{q.text} -> {t} -> {a or '(no answer)'}, but it is {q.answer}")
+    table = {d: {k: {m: sum(v) / len(v) for m, v in ms.items()} for k, ms in ks.items()} for d, ks in right.items()}
+    return table, mistakes
+
+CELLS = {d: (*arithmetic.TRAINED.get(d, ()), *arithmetic.OOD[d]) for d in arithmetic.OOD}
+
+def show_table(table):
+    """Exact match as text, a line a cell."""
+    lines = [f"{'domain':8} {'operands':>8} {'trajectory':>11} {'direct':>8}"]
+    for d, ks in table.items():
+        for k, m in ks.items():
+            note = "" if int(k) in arithmetic.TRAINED.get(d, ()) else "   never trained on"
+            lines.append(f"{d:8} {k:>8} {m['trajectory']:>11.1%} {m['direct']:>8.1%}{note}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- SFT
+
+def sft(c, given):
+    """Trains, evaluates, writes c.out. -> summary."""
+    c = prepare(c, given)
+    device = device_of(c)
+    torch.manual_seed(c.seed)
+    mix = text.Mix(style=c.style, direct=c.direct, cut=c.cut)
+    if mix.direct + mix.filler + mix.cut > 1:
+        fail(f"--direct and --cut leave less than nothing for whole trajectories ({mix.filler} think in dots)")
+    try:
+        model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
+    except ValueError as e:
+        fail(e)
+    if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
+        for b in model.blocks:
+            b.compile(dynamic=True)
+    low = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda")
+    ahead = ThreadPoolExecutor(1)                                           # the next batch is made while this one is learned
+    make = lambda i: ahead.submit(text.batch_at, i, c.batch, mix, c.seed, device, c.chunks)
+    pending = {}
+
+    def step(i):
+        chunks = pending.pop(i, None) or make(i)
+        pending[i + 1] = make(i + 1)
+        chunks = chunks.result()
+        n = sum((y >= 0).sum() for _, y in chunks)
+        total = 0.0
+        for x, y in chunks:
+            with low:
+                loss = model.nll(x, y).sum() / n
+            loss.backward()
+            total = total + loss.detach()
+        return {"loss": float(total), "tokens": sum(x.numel() for x, _ in chunks)}
+
+    seconds = fit(c, model, optimisers(model, c.lr, c.lr_adam), step)
+    ahead.shutdown()
+    table, mistakes = exact_match(model, CELLS, c.questions)
+    print(show_table(table))
+    print("\n".join(["a few mistakes:", *mistakes[:5]]) if mistakes else "no mistakes on held-out questions of trained sizes")
+    summary = {"exact_match": table, "mistakes": mistakes[:20], "seconds": round(seconds, 1), "steps": c.steps,
+               "tokens": sum(json.loads(line)["tokens"] for line in (Path(c.out) / "metrics.jsonl").read_text().splitlines()),
+               "parameters": sum(p.numel() for p in model.parameters()), "device": device_name(device), "torch": torch.__version__,
+               "revision": revision(), "config": asdict(c)}
+    write(Path(c.out) / "summary.json", summary)
+    return summary
+
+def ask(c):
+    """Prints how the model in c.out answers a question of the reader's own, every step checked."""
+    try:
+        q = arithmetic.parse(c.ask)
+    except ValueError as e:
+        fail(e)
+    model, _ = load_model(Path(c.out) / "ckpt.pt", device_of(c))
+    (t, a), = respond(model, [q])
+    (_, d), = respond(model, [q], "direct")
+    print(f"question    {q.text}" + ("" if q.operands in arithmetic.TRAINED.get(q.domain, ()) else "   (longer than, or unlike, anything it trained on)"))
+    for part, ok in zip(t.split(";"), arithmetic.check(q, t)):
+        print(f"            {part}   {'ok' if ok else 'wrong'}")
+    for name, answer in (("answer", a), ("direct", d)):
+        print(f"{name:11} {answer or '(none)'}   {'right' if arithmetic.verify(q, answer) else 'wrong: it is ' + q.answer}")
+
+
+def command(main):
+    """Runs a script's main; Ctrl-C outside of `fit`, where there is nothing to save, is a line and not a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; what was trained is on disk", file=sys.stderr)
+        raise SystemExit(130) from None
+
+def main():
+    c, given = flags(Train, presets=PRESETS)
+    ask(c) if "ask" in given else sft(c, given)
+
+if __name__ == "__main__":
+    command(main)
