@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import torch
 
+import meta
 import train
 from data import arithmetic, text
 
@@ -96,7 +97,7 @@ def band(ax, curves, colour, label, style="-"):
 def write_under(ax, think, curve, colour, label=None, style="o-"):
     """One trajectory: L_hat after every token, the tokens under the axis, a line at every step's end."""
     ax.plot(range(len(curve)), curve, style, color=colour, markersize=2.5, linewidth=1, label=label)
-    ax.set_xticks(range(len(think) + 1), ["·", *think], fontsize=7, family="monospace")
+    ax.set_xticks(range(len(think) + 1), ["·", *think], fontsize=7 if len(think) < 26 else 6, family="monospace")
     ax.tick_params(axis="x", length=0)
     for i, c in enumerate(think):
         if c == ";":
@@ -109,10 +110,13 @@ def write_under(ax, think, curve, colour, label=None, style="o-"):
 class Analyze:
     """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
     sft: str = "out/sft"            # the run of train.py to look at, trained first if it is missing
+    meta: str = "out/meta"          # the run of meta.py to look at, trained first if it is missing
     out: str = "out"                # figures go to OUT/figures, the report to OUT/report.md
     questions: int = 200            # held-out questions a cell
     examples: int = 1               # single trajectories drawn under the averages
     seed: int = 0                   # of trajectories and corruptions
+    seeds: int = 5                  # runs an arm, where an experiment trains
+    steps: int = 200                # second-order meta-steps whose time every arm gets
     device: str = "auto"            # cpu, cuda, or auto
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
@@ -176,7 +180,316 @@ def curve(c, model):
     verdict = "supported" if min(verdicts) > 0 else "refuted" if min(verdicts) < 0 else "inconclusive"
     return fig, {"claim": "C1, C2: the answer's loss falls along a correct trajectory, not along others", "verdict": verdict, "numbers": numbers}
 
-EXPERIMENTS = {"curve": curve}
+
+# --------------------------------------------------------------------------------------------- the two readings side by side (Eq. 4)
+
+@torch.no_grad()
+def exact_patches(model, head, t, tail):
+    """The implicit update as weights: {layer: (p, z)}, rank-1 patches dW = p z^T / |z|^2 of `up` and `down`, n = |tail| - 1 positions each.
+
+    With them, layer by layer, the tail's logits without the trajectory equal those with it (2507.16003; 2511.17864): u is the
+    residual that enters the MLP, z = norm(u), h the MLP's hidden units, C marks "with trajectory", and
+    dW_up = W_up (z_C - z) z^T / |z|^2, dW_down = (u_C - u) h^T / |h|^2. The tail keeps its positions.
+    -> (patches with p (n, out) and z (n, in), logits with the trajectory, patched, and plain without it (n, V))."""
+    device, n = model.head.weight.device, len(tail) - 1
+    ids = lambda *parts: torch.tensor([sum(parts, [])], device=device)
+    pos = torch.tensor([[*range(len(head)), *range(len(head) + len(t), len(head) + len(t) + n)]], device=device)
+    weight = {m.name: m.weight for m in model.modules() if isinstance(m, meta.Linear)}
+    seen, found = {}, {}
+
+    def record(name, x, y):
+        seen[name] = x[0, -n:], y[0, -n:]
+        return y
+
+    def patch(name, x, y):
+        block, kind = name.split(".")
+        if kind == "out":
+            found["u"] = seen[name][1] - y[0, -n:]                          # u_C - u: below it, patched and full residuals are equal
+        if kind in ("up", "down"):
+            z = x[0, -n:]
+            p = (seen[name][0] - z) @ weight[name].T if kind == "up" else found.pop("u")
+            found[name] = p, z
+            step = (p[:, :, None] * z[:, None, :] / z.square().sum(-1)[:, None, None]) @ z[:, :, None]         # dW z, as a matrix would
+            y = torch.cat((y[:, :-n], y[:, -n:] + step.squeeze(-1)), 1)
+        return y
+
+    logits = lambda h: model.logits(h[0, -n:])
+    full = logits(model(ids(head, t, tail[:-1]), hook=record))
+    patched = logits(model(ids(head, tail[:-1]), pos=pos, hook=patch))
+    return found, full, patched, logits(model(ids(head, tail[:-1]), pos=pos))
+
+def cosines(model, inner, trials):
+    """Cosine between the explicit update of every `up` and `down` (the inner loop's) and the implicit patch at </think>, per question.
+
+    trials: (question, trajectory of the explicit update, of the implicit one). Neither matrix is built: with dW = -alpha X^T D and
+    z^T p, the inner product is -(z X^T)(D p), and the norms follow from X X^T and D D^T. -> {layer: list}, where both are not zero."""
+    out = {}
+    for q, a, b in trials:
+        support, _ = meta.tensors([meta.Task(q, [a])], model.head.weight.device)
+        fast, _ = meta.adapt(model, inner, [(support.ids, support.inner)], 1, order=1)
+        found, *_ = exact_patches(model, text.prompt(q.text), text.encode(b), [text.END_THINK, *text.encode(q.answer), text.EOS])
+        for name in inner.names:
+            if name in found:
+                X, D = (torch.cat([step[name][j][0] for step in fast.steps]) for j in (0, 1))
+                X = torch.cat([x * inner.rate(name, k).detach() for k, x in enumerate(X.split(len(X) // len(fast.steps)))])
+                p, z = (v[0] for v in found[name])
+                norm = ((X @ X.T) * (D @ D.T)).sum().clamp(min=0).sqrt() * p.norm() * z.norm()
+                if norm > 0:
+                    out.setdefault(name, []).append(float(-(X @ z) @ (D @ p) / norm))
+    return out
+
+def explicit_curves(model, inner, questions, thinks, mode="whole", size=512):
+    """L_q(theta'_i) for i = 0..|t|: theta'_i from the inner loop on the first i tokens, the query without any trajectory.
+
+    The counterpart of `prefix_nll`. Every prefix runs its own inner loop, as one more question of a batch (i = 0: theta itself)."""
+    rows, flat = [], [(q, t[:i]) for q, t in zip(questions, thinks) for i in range(1, len(t) + 1)]
+    for i in range(0, len(flat), size):
+        support, query = meta.tensors([meta.Task(q, [t]) for q, t in flat[i:i + size]], model.head.weight.device)
+        steps = meta.by_step(support) * inner.K if mode == "step" else None
+        fast, _ = meta.adapt(model, inner, [(support.ids, support.inner)], len(query.ids), steps, order=1, local=mode == "token")
+        with torch.no_grad():
+            rows += (model.nll(query.ids, query.targets, hook=fast).sum(1) / (query.targets >= 0).sum(1)).tolist()
+    with torch.no_grad():
+        _, query = meta.tensors([meta.Task(q, ["="]) for q in questions], model.head.weight.device)
+        theta = (model.nll(query.ids, query.targets).sum(1) / (query.targets >= 0).sum(1)).tolist()
+    rows, out = iter(rows), []
+    for first, t in zip(theta, thinks):
+        out.append(np.array([first] + [next(rows) for _ in t]))
+    return out
+
+def untrained(model, seed=0):
+    """A model of the same shape with random weights, none of them zero."""
+    torch.manual_seed(seed)
+    new = type(model)(model.config)
+    for b in new.blocks:
+        for layer in (b.out, b.down):
+            torch.nn.init.kaiming_uniform_(layer.weight, a=5 ** 0.5)
+    return new.to(model.head.weight.device)
+
+def explicit(c, model):
+    """The trajectory in the weights beside the trajectory in the context (Eq. 4 taken at its word), on the run in --meta.
+
+    Supported if theta', without a trajectory in context, answers more held-out questions of the trained operand counts than theta does
+    after a trajectory whose last result is cut off, and more than it does after another question's whole trajectory: differences
+    with 95 % bootstrap intervals above 0, and at least half right. Refuted if an interval lies below 0 or contains it, else inconclusive.
+    (With the whole trajectory theta' could merely copy.)"""
+    model, inner, state = meta.load_meta(Path(c.meta) / "ckpt.pt", model.head.weight.device)
+    config = state["config"]
+    if config["algo"] == "none":
+        train.fail(f"{c.meta} was trained with --algo=none: there is no theta' in it")
+    domain, counts = config["domain"], [int(k) for k in config["operands"].split(",")]
+    table = meta.exact_match(model, inner, {domain: (*counts, max(counts) + 1)}, c.questions, config["inner"], c.seed)[domain]
+    pooled = {name: {w: sum((table[str(k)].get(name, {}).get(w, []) for k in counts), []) for w in ("theta", "theta_prime", "in_context", "implied")}
+              for name in meta.CONDITIONS}
+    pooled = {name: {w: v for w, v in row.items() if v} for name, row in pooled.items() if row["theta"]}
+    k, rng = max(counts), random.Random(f"{c.seed}/explicit")
+    qs = train.held_out(domain, k, c.questions)
+    thinks = [";".join(arithmetic.steps(q, rng)[0]) for q in qs]
+    others = [rng.choice([t for o, t in zip(qs, thinks) if o.answer != q.answer]) for q in qs]
+    curves = {"context": curves_of(model, qs, thinks), "weights": explicit_curves(model, inner, qs, thinks, config["inner"]),
+              "other": explicit_curves(model, inner, qs, others, config["inner"])}
+    some = list(zip(qs, thinks, thinks))[:100]
+    alike = {"trained": cosines(model, inner, some), "untrained": cosines(untrained(model), inner, some),
+             "other question's trajectory": cosines(model, inner, [(q, o, t) for (q, t, _), o in zip(some, others)])}
+
+    fig, axes = plt.subplot_mosaic([["curves", "bars", "bars"], ["example", "counts", "cosines"]], figsize=(12, 6.6), width_ratios=(1.2, 1, 1))
+    ax = axes["curves"]
+    for kind, label, colour in (("context", "in context", "correct"), ("weights", r"in the weights, $\theta'_i$", "weights"),
+                                ("other", r"another question's, in the weights", "other")):
+        band(ax, curves[kind], COLOURS[colour], label)
+    ax.set(title=f"{domain}, {k} operands, {len(qs)} questions", xlabel="fraction of the trajectory read", ylabel="answer's NLL (nats a token)", ylim=(0, None))
+    ax.legend()
+    ax = axes["bars"]
+    for j, (where, label, colour) in enumerate((("theta", r"$\theta$, no trajectory", "theta"), ("theta_prime", r"$\theta'$, trajectory in the weights", "weights"),
+                                                ("in_context", "trajectory in context", "correct"))):
+        mean, low, high = zip(*(bootstrap(row[where], n=1000) for row in pooled.values()))
+        x = np.arange(len(pooled)) + (j - 1) * 0.27
+        ax.bar(x, mean, 0.25, color=COLOURS[colour], label=label)
+        ax.errorbar(x, mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="none", ecolor="#333333", elinewidth=0.8)
+    marks = [(i, np.mean(row["implied"])) for i, row in enumerate(pooled.values()) if "implied" in row]
+    ax.plot(*zip(*marks), "D", color="#333333", markersize=5, label=r"$\theta'$ says what the trajectory implies")
+    names = {"whole": "whole", "own": "the model's\nown", "cut": "last result\ncut", "cut2": "last 2\ncut", "cut3": "last 3\ncut",
+             "other": "another\nquestion's", "corrupted_early": "wrong early,\nconsistent", "corrupted_last": "last result\nwrong"}
+    ax.set_xticks(range(len(pooled)), [names[n] for n in pooled])
+    ax.set(ylabel="exact match", title=f"{' and '.join(map(str, counts))} operands, held out", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
+    ax.legend(ncols=2, loc="upper center")
+    for kind, colour in (("context", "correct"), ("weights", "weights")):
+        write_under(axes["example"], thinks[0], curves[kind][0], COLOURS[colour])
+    axes["example"].set(title=f"one trajectory: {qs[0].text} = {qs[0].answer}", xlabel="token of the trajectory", ylabel="answer's NLL (nats a token)", ylim=(0, None))
+    ax, ks = axes["counts"], [*counts, max(counts) + 1]
+    for where, colour in (("theta", "theta"), ("theta_prime", "weights"), ("in_context", "correct")):
+        for name, style in (("whole", "o-"), ("cut", "s--")):
+            if where != "theta" or name == "whole":
+                ax.plot(ks, [np.mean(table[str(n)][name][where]) for n in ks], style, color=COLOURS[colour], markersize=4)
+    ax.set_xticks(ks, [f"{n}" if n in counts else f"{n}\n(not trained)" for n in ks])
+    ax.set(title="solid: whole, dashed: last result cut", xlabel="operands", ylabel="exact match", ylim=(-0.03, 1.05))
+    ax = axes["cosines"]
+    for (label, cos), colour in zip(alike.items(), ("weights", "filler", "other")):
+        layers = [n for n in inner.names if n in cos]
+        mean, low, high = zip(*(bootstrap(cos[n], n=500) for n in layers))
+        ax.errorbar(range(len(layers)), mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", markersize=3, color=COLOURS[colour], label=label)
+    ax.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+    ax.set_xticks(range(len(layers)), layers, rotation=45, fontsize=7)
+    ax.set(title="explicit update against implicit patch", ylabel="cosine", xlabel="fast layer")
+    ax.margins(y=0.35)
+    ax.legend(fontsize=7, loc="upper left")
+
+    cut = pooled["cut"]
+    gap = lambda a, b: interval(np.subtract(a, b, dtype=float))             # the same questions in the same order: paired
+    gaps = {"cut_minus_theta": gap(cut["theta_prime"], cut["theta"]), "cut_minus_other": gap(cut["theta_prime"], pooled["other"]["theta_prime"])}
+    lows = [g[1] for g in gaps.values()]
+    verdict = "refuted" if min(lows) <= 0 else "supported" if np.mean(cut["theta_prime"]) >= 0.5 else "inconclusive"
+    numbers = {"questions": {name: len(row["theta"]) for name, row in pooled.items()}, "gaps": gaps,
+               "exact_match": {name: {w: interval(v) for w, v in row.items()} for name, row in pooled.items()},
+               "by_operands": {n: {name: {w: round(float(np.mean(v)), 4) for w, v in row.items()} for name, row in rows.items()} for n, rows in table.items()},
+               "cosine": {label: {n: interval(v) for n, v in cos.items()} for label, cos in alike.items()},
+               "mean_curves": {kind: np.round(on_grid(v).mean(0), 4).tolist() for kind, v in curves.items()}}
+    return fig, {"claim": "Eq. 4 at its word: theta moved along the trajectory answers as if the trajectory were in context", "verdict": verdict,
+                 "numbers": numbers, "checkpoint": {"run": c.meta, "steps": state["step"], "config": config}}
+
+
+ARMS = {"maml": "", "fomaml": "--algo=fomaml", "reptile": "--algo=reptile --alpha=0.1", "anil": "--algo=anil", "none": "--algo=none",
+        "none, detached": "--algo=none --context_grad=detached"}
+
+def order(c, model):
+    """Does the order of the outer gradient matter? MAML, FOMAML, Reptile, ANIL and no inner loop, and, in context, Eq. 8's path.
+
+    Equal compute: every arm gets the time of --steps second-order meta-steps, by its own cost a step, measured once and kept beside
+    the runs. Supported if MAML's theta' beats FOMAML's, Reptile's and `none`'s theta after trajectories without their last result
+    (mean over seeds, 95 % bootstrap interval of the paired difference above 0), and the full context gradient beats the detached one
+    in context on the same trajectories. Refuted if an interval lies below 0, else inconclusive: the verdict names both halves."""
+    folder = Path(c.out) / "order"
+    if not (folder / "cost.json").exists():
+        rng, cost = random.Random(0), {}
+        tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 32)]
+        for arm, flags in ARMS.items():
+            config, _ = train.flags(meta.Meta, flags.split())
+            inner = meta.Inner(meta.fast_layers(model, f"{model.config.layers - 1}.up" if arm == "anil" else config.fast), 1, 1.0, config.tau)
+            times = []
+            for _ in range(8):
+                began = time.perf_counter()
+                meta.meta_loss(model, inner, config, tasks, order=2 if config.algo in ("maml", "anil") else 1)[0].backward()
+                model.zero_grad()
+                times.append(time.perf_counter() - began)
+            cost[arm] = float(np.median(times[2:]))
+        train.write(folder / "cost.json", cost)
+    cost = json.loads((folder / "cost.json").read_text())
+    result = {}
+    for seed in range(c.seeds):
+        for arm, flags in ARMS.items():
+            run = folder / f"{arm.replace(', ', '-')}-{seed}"
+            if not (run / "summary.json").exists():
+                half = ["--resume"] if (run / "ckpt.pt").exists() else \
+                    [f"--init={c.sft}/ckpt.pt", f"--seed={seed}", f"--steps={round(c.steps * cost['maml'] / cost[arm])}", f"--questions={c.questions}", *flags.split()]
+                print(f"order: {arm}, seed {seed}")
+                meta.meta(*train.flags(meta.Meta, [f"--out={run}", *half]))
+            s = json.loads((run / "summary.json").read_text())
+            (cells,) = s["exact_match"].values()
+            trained = s["config"]["operands"].split(",")
+            for name in ("whole", "cut"):
+                for where in ("theta", "theta_prime", "in_context"):
+                    score = np.mean([cells[k][name].get(where, cells[k][name]["theta"]) for k in trained])
+                    result.setdefault(arm, {}).setdefault(f"{name}, {where}", []).append(float(score))
+            result[arm].setdefault("steps", []).append(s["steps"])
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), sharey=True)
+    for ax, key, title in zip(axes, ("whole, theta_prime", "cut, theta_prime", "cut, in_context"),
+                              (r"$\theta'$, whole trajectory", r"$\theta'$, last result cut", "in context, last result cut")):
+        for i, (arm, r) in enumerate(result.items()):
+            mean, low, high = bootstrap(r[key])
+            ax.bar(i, mean, 0.7, color=COLOURS["weights" if arm == "maml" else "correct" if "none" in arm else "filler"])
+            ax.errorbar(i, mean, [[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
+            ax.plot([i] * len(r[key]), r[key], ".", color="#333333", markersize=3)
+        ax.set_xticks(range(len(result)), [a.replace(", ", ",\n") for a in result], fontsize=7)
+        ax.set(title=title, ylim=(0, 1.05))
+    axes[0].set_ylabel("exact match, held out")
+    gap = lambda a, b, key: interval(np.subtract(result[a][key], result[b][key]))
+    gaps = {f"maml - {b}, theta_prime, cut": gap("maml", b, "cut, theta_prime") for b in ("fomaml", "reptile", "anil", "none")}
+    gaps["full - detached, in context, cut"] = gap("none", "none, detached", "cut, in_context")
+    decide = lambda lows, highs: "supported" if min(lows) > 0 else "refuted" if min(highs) < 0 else "inconclusive"
+    weights = [g for n, g in gaps.items() if "anil" not in n and "full" not in n]
+    halves = [decide([g[1] for g in weights], [g[2] for g in weights]), decide(*([gaps["full - detached, in context, cut"][j]] for j in (1, 2)))]
+    return fig, {"claim": "Eq. 8: the second-order path from the answer through the trajectory's update matters",
+                 "verdict": halves[0] if halves[0] == halves[1] else f"{halves[0]} in the weights, {halves[1]} in context",
+                 "numbers": {"gaps": gaps, "seeds": c.seeds, "seconds_a_step": cost,
+                             "exact_match": {arm: {k: interval(v) if k != "steps" else v[0] for k, v in r.items()} for arm, r in result.items()}}}
+
+
+# -------------------------------------------------------------------------------------------------------------------------- speed
+
+def ratio(slow, fast, repeats=5):
+    """How many times longer `slow` takes than `fast`: warmed up, interleaved, in this process. -> {median, minimum, maximum}."""
+    def clock(f):
+        began = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+    slow(), fast()
+    r = sorted(clock(slow) / clock(fast) for _ in range(repeats))
+    return {"median": round(r[len(r) // 2], 2), "minimum": round(r[0], 2), "maximum": round(r[-1], 2)}
+
+def prefix_by_prefix(model, head, t, tail, size=64):
+    """What `prefix_nll` replaces: every prefix run anew, `size` at a time, each batch as long as its longest. -> (|t| + 1,)."""
+    rows, out = [head + t[:i] + tail for i in range(len(t) + 1)], []
+    with torch.no_grad():
+        for i in range(0, len(rows), size):
+            part = rows[i:i + size]
+            ids = torch.tensor([r + [text.PAD] * (len(part[-1]) - len(r)) for r in part], device=model.head.weight.device)
+            target = torch.full_like(ids, text.IGNORE)
+            for j, r in enumerate(part):
+                target[j, len(r) - len(tail) + 1:len(r)] = ids[j, len(r) - len(tail) + 1:len(r)]
+            out.append(model.nll(ids[:, :-1], target[:, 1:]).sum(1) / (len(tail) - 1))
+    return torch.cat(out).cpu().numpy()
+
+def speed(c, model):
+    """What each trick buys on this machine: ratios of time, every one the median of five interleaved repeats in one process."""
+    device, rng, ratios = model.head.weight.device, random.Random(c.seed), {}
+    ids = lambda n: [rng.randrange(10) for _ in range(n)]
+    tail = [text.END_THINK, *ids(2), text.EOS]
+    for T in (48, 512):
+        head, t = [text.BOS, *ids(12), text.THINK], ids(T)
+        ratios[f"curve of {T} tokens: prefix by prefix / one pass"] = ratio(
+            lambda: prefix_by_prefix(model, head, t, tail), lambda: prefix_nll(model, [head], [t], [tail]))
+    prompts = [ids(16) for _ in range(64)]
+    def uncached():
+        x = torch.tensor(prompts, device=device)
+        with torch.no_grad():
+            for _ in range(48):
+                x = torch.cat((x, model.logits(model(x)[:, -1:]).argmax(-1)), 1)
+    ratios["64 prompts, 16 + 48 tokens: uncached / cached generation"] = ratio(uncached, lambda: model.generate(prompts, -1, 48))
+    config = meta.Meta()
+    tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 64)]
+    inner = meta.Inner(meta.fast_layers(model, config.fast), 1, config.alpha, config.tau).to(device)
+    (support, query), params = meta.tensors(tasks, device), list(model.parameters())
+    backward = lambda loss: torch.autograd.grad(loss, params, materialize_grads=True)
+    second = lambda: backward(meta.meta_loss(model, inner, config, tasks, device)[0])
+    def sft():                                                              # the same tokens, learned in context and directly
+        backward(model.nll(support.ids, support.joint).sum() + model.nll(query.ids, query.targets).sum())
+    def loop():
+        for task in tasks:
+            s, q = meta.tensors([task], device)
+            theta = meta.theta_prime(model, inner, [(s.ids, s.inner)])
+            h = torch.func.functional_call(model, theta, (q.ids,), {"plain_from": inner.lowest})
+            backward(model.score(h, q.targets).sum() + model.nll(s.ids, s.joint).sum())
+    first = lambda: backward(meta.meta_loss(model, inner, config, tasks, device, order=1)[0])
+    ratios["64 questions: second-order meta-step / SFT step on the same tokens"] = ratio(second, sft)
+    ratios["64 questions: first-order meta-step / SFT step on the same tokens"] = ratio(first, sft)
+    ratios["64 questions: per-question loop / dual form"] = ratio(loop, second)
+    train.write(Path(c.out) / "speed.json", {"ratios": ratios, "device": train.device_name(device), "torch": torch.__version__, "revision": train.revision()})
+    fig, ax = plt.subplots(figsize=(9, 0.5 * len(ratios) + 1))
+    names = list(ratios)[::-1]
+    median = [ratios[n]["median"] for n in names]
+    ax.barh(names, median, color=COLOURS["correct"])
+    ax.errorbar(median, range(len(names)), xerr=[[ratios[n]["median"] - ratios[n]["minimum"] for n in names], [ratios[n]["maximum"] - ratios[n]["median"] for n in names]],
+                fmt="none", ecolor="#333333", elinewidth=0.8)
+    for i, m in enumerate(median):
+        ax.text(m, i, f"  {m:.1f}", va="bottom", fontsize=8)
+    ax.set(xscale="log", xlabel=f"ratio of times ({train.device_name(device)})")
+    return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
+
+EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed}
+TOUR = ("curve", "explicit")                                                # what runs unasked; the others only when they are named
+
 
 
 def run(name, c, model, state):
@@ -187,8 +500,8 @@ def run(name, c, model, state):
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png")
     plt.close(fig)
-    result |= {"criterion": " ".join(EXPERIMENTS[name].__doc__.split()), "checkpoint": {"run": c.sft, "steps": state["step"], "config": state["config"]},
-               "config": asdict(c), "revision": train.revision(), "seconds": round(time.perf_counter() - began, 1)}
+    result = {"checkpoint": {"run": c.sft, "steps": state["step"], "config": state["config"]}} | result
+    result |= {"criterion": " ".join(EXPERIMENTS[name].__doc__.split()), "config": asdict(c), "revision": train.revision(), "seconds": round(time.perf_counter() - began, 1)}
     train.write(folder / f"{name}.json", result)
     print(f"{name}: {result['verdict']} ({result['seconds']} s)   {folder / name}.png")
     return result
@@ -228,7 +541,11 @@ def main():
         train.sft(*train.flags(train.Train, [f"--out={sft}", f"--device={c.device}", *["--resume"] * half], train.PRESETS))
     if names != ["report"]:
         model, state = train.load_model(sft / "ckpt.pt", device)
-        for name in names or EXPERIMENTS:
+        for name in names or TOUR:
+            if name == "explicit" and not (Path(c.meta) / "summary.json").exists():
+                half = ["--resume"] if (Path(c.meta) / "ckpt.pt").exists() else [f"--init={sft / 'ckpt.pt'}"]
+                print(f"meta-training into {c.meta}")
+                meta.meta(*train.flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
             run(name, c, model, state)
     report(c)
 

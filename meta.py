@@ -20,6 +20,7 @@ batch of questions, each with a theta' of its own, runs as batched matrix produc
 import fnmatch
 import math
 import random
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,12 +58,13 @@ class Meta:
     weigh: bool = False             # learn a weight for every kind of token in the inner loss
     msl: float = 0.0                # weight of the answers after inner steps before the last
     first_order: float = 0.0        # first share of the meta-steps taken first order
-    joint: float = 0.3              # weight of the in-context loss
+    joint: float = 1.0              # weight of the in-context loss
     context_grad: str = "full"      # full, or detached: no gradient from the answer through the trajectory's keys and values
     cut: float = 0.6                # share of questions whose trajectory misses results, after the curriculum
+    missing: str = "7,2,1"          # how often 1, 2, 3 results are missing from such a trajectory
     cut_from: float = 0.1           # share of the meta-steps before cutting begins
     cut_full: float = 0.4           # share of the meta-steps when cutting reaches --cut
-    lr: float = 0.01                # of Muon, for the hidden matrices
+    lr: float = 0.02                # of Muon, for the hidden matrices
     lr_adam: float = 0.005          # of AdamW, for embedding and head; four times that for the inner rates
     warmup: int = 20                # meta-steps of linear warm-up
     decay: float = 0.6              # last share of the meta-steps in which the rate falls linearly to 0
@@ -93,13 +95,13 @@ def tasks_at(step, c):
     """The tasks of a meta-step: a pure function of (seed, step)."""
     rng = random.Random(f"meta/{c.seed}/{step}")
     ramp = (step / c.steps - c.cut_from) / max(1e-9, c.cut_full - c.cut_from)
-    share, out = c.cut * min(1, max(0, ramp)), []
+    share, out, missing = c.cut * min(1, max(0, ramp)), [], [float(w) for w in c.missing.split(",")]
     for _ in range(c.batch):
         q = arithmetic.draw(rng, c.domain, rng.choice([int(k) for k in c.operands.split(",")]))
         thinks = [";".join(t) for t in arithmetic.distinct(q, rng, c.support)]
         whole = rng.random() >= share
         if not whole:
-            n = rng.choices((1, 2, 3), (7, 2, 1))[0]
+            n = rng.choices((1, 2, 3), missing)[0]
             anywhere = rng.random() < 0.15
             thinks = [t[:rng.randrange(1, len(t))] if anywhere else without_results(t, min(n, t.count("="))) for t in thinks]
         out.append(Task(q, thinks, whole))
@@ -267,47 +269,58 @@ def answers(model, questions, thinks, inner=None, where="theta_prime", mode="who
         out += [text.decode(r) for r in model.generate(prompts, text.EOS, 4, pad=text.PAD, hook=fast)]
     return out
 
-CONDITIONS = ("whole", "cut", "cut2", "cut3", "other", "corrupted_last", "corrupted_early")
+CONDITIONS = ("whole", "own", "cut", "cut2", "cut3", "other", "corrupted_early", "corrupted_last")
 
 def trial(q, others, condition, rng):
-    """-> (trajectory text, the answer it implies) of a question under a condition, or None where there is no such trajectory."""
+    """-> (trajectory text, the answer it implies) of a question under a condition, or None where there is no such trajectory.
+
+    cut, cut2, cut3: without the last 1, 2, 3 results. other: another question's. corrupted_*: one result wrong, consistent after it."""
     if condition.startswith("corrupted"):
-        found = arithmetic.corrupt(q, rng, -1 if condition.endswith("last") else rng.randrange(q.operands - 2) if q.operands > 2 else 0)
+        if condition.endswith("early") and q.operands == 2:
+            return None
+        found = arithmetic.corrupt(q, rng, -1 if condition.endswith("last") else rng.randrange(q.operands - 2))
         return found and (";".join(found[0]), found[1])
     if condition == "other":
-        other = rng.choice([o for o in others if o.answer != q.answer])
-        ts, implied = arithmetic.steps(other, rng)
+        ts, implied = arithmetic.steps(rng.choice([o for o in others if o.answer != q.answer]), rng)
         return ";".join(ts), implied
-    n = int(condition[3:] or 1) if condition != "whole" else 0
-    ts = arithmetic.steps(q, rng)[0]
+    n, ts = int(condition[3:] or 1) if condition.startswith("cut") else 0, arithmetic.steps(q, rng)[0]
     return (without_results(";".join(ts), n), q.answer) if n <= len(ts) else None
 
+def outcomes(model, inner, questions, condition, mode="whole", seed=0, own=None):
+    """Answers under a condition -> {theta, theta_prime, in_context: list of bool, right or not; implied, implied_in_context: what the
+    trajectory implies, where that differs from the truth}. `own`: the trajectories that the model wrote itself. {} if there is no trial."""
+    rng = random.Random(f"{seed}/{questions[0].text}/{condition}")
+    if condition == "own":
+        trials = [(q, (t, "")) for q, t in zip(questions, own) if t]
+    else:
+        trials = [(q, t) for q in questions if (t := trial(q, questions, condition, rng))]
+    if not trials:
+        return {}
+    qs, thinks, implied = [q for q, _ in trials], [t for _, (t, _) in trials], [i for _, (_, i) in trials]
+    row = {}
+    for where in ("theta", "theta_prime", "in_context"):
+        if where == "theta_prime" and inner is None:
+            continue
+        got = answers(model, qs, thinks, inner, where, mode)
+        row[where] = [arithmetic.verify(q, a) for q, a in zip(qs, got)]
+        if where != "theta" and (condition == "other" or condition.startswith("corrupted")):
+            row["implied" if where == "theta_prime" else "implied_in_context"] = [a == i for a, i in zip(got, implied)]
+    return row
+
 def exact_match(model, inner, cells, n, mode="whole", seed=0):
-    """{domain: {operands: {condition: {theta, theta_prime, in_context: share that gives the truth; implied: share of theta' that gives
-    what the trajectory implies, under other and corrupted}}}} over n held-out questions a cell."""
+    """{domain: {operands: {condition: {theta, theta_prime, in_context, implied, ...: list of bool}}}}, n held-out questions a cell."""
     table = {}
     for domain, counts in cells.items():
         for k in counts:
             qs = train.held_out(domain, k, n)
-            cell = table.setdefault(domain, {}).setdefault(str(k), {})
-            theta = answers(model, qs, [""] * len(qs), where="theta")
-            base = sum(arithmetic.verify(q, a) for q, a in zip(qs, theta)) / len(qs)
-            for condition in CONDITIONS:
-                rng = random.Random(f"{seed}/{domain}/{k}/{condition}")
-                trials = [(q, t) for q in qs if (t := trial(q, qs, condition, rng))]
-                if not trials:
-                    continue
-                kept, thinks, implied = [q for q, _ in trials], [t for _, (t, _) in trials], [i for _, (_, i) in trials]
-                row = {"theta": base, "questions": len(kept)}
-                for where in ("theta_prime", "in_context"):
-                    if where == "theta_prime" and inner is None:
-                        continue
-                    got = answers(model, kept, thinks, inner, where, mode)
-                    row[where] = sum(arithmetic.verify(q, a) for q, a in zip(kept, got)) / len(kept)
-                    if condition == "other" or condition.startswith("corrupted"):
-                        row["implied" if where == "theta_prime" else "implied_in_context"] = sum(a == i for a, i in zip(got, implied)) / len(kept)
-                cell[condition] = row
+            own = [t for t, _ in train.respond(model, qs)]
+            rows = {condition: outcomes(model, inner, qs, condition, mode, seed, own) for condition in CONDITIONS}
+            table.setdefault(domain, {})[str(k)] = {condition: row for condition, row in rows.items() if row}
     return table
+
+def shares(table):
+    """The same with every list replaced by its mean."""
+    return {d: {k: {c: {w: sum(v) / len(v) for w, v in row.items()} for c, row in cs.items()} for k, cs in ks.items()} for d, ks in table.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- the outer loop
@@ -362,6 +375,8 @@ def meta(c, given):
         if not all(k.isdigit() for k in c.operands.split(",")):
             raise ValueError(f"--operands={c.operands} is not a list of counts such as 3,4")
         counts = [int(k) for k in c.operands.split(",")]
+        if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", c.missing) or not any(map(float, c.missing.split(","))):
+            raise ValueError(f"--missing={c.missing} is not three weights such as 7,2,1")
         tasks_at(0, c)
         last = f"{model.config.layers - 1}."
         inner = Inner([n for n in fast_layers(model, c.fast) if c.algo != "anil" or n.startswith(last)], c.K, c.alpha, c.tau, c.weigh).to(device)
@@ -392,7 +407,7 @@ def meta(c, given):
     before, _ = train.exact_match(model, keeps, c.questions)
     seconds = train.fit(c, model, opts, step, inner)
     after, _ = train.exact_match(model, keeps, c.questions)
-    table = exact_match(model, None if c.algo == "none" else inner, cells, c.questions, c.inner)
+    table = shares(exact_match(model, None if c.algo == "none" else inner, cells, c.questions, c.inner))
     print(show_table(table))
     summary = {"exact_match": table, "before": before, "after": after, "seconds": round(seconds, 1), "steps": c.steps,
                "rates": {n: [round(r, 4) for r in inner.log_alpha[i].exp().tolist()] for i, n in enumerate(inner.names)},

@@ -136,6 +136,7 @@ class Model(nn.Module):
         c, w = self.config, self.head.weight
         return torch.zeros(c.layers, 2, batch, c.heads, length, c.width // c.heads, dtype=w.dtype, device=w.device)
 
+    @torch.compiler.set_stance("force_eager")                               # shapes change with every token: compiling again costs more
     @torch.no_grad()
     def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0, generator=None, pad=0, hook=None):
         """Continues every prompt (lists of ids, any lengths) until `stop` -> list of lists of new ids, without `stop`.

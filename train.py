@@ -7,6 +7,7 @@
 Also here, for every script of the project: flags, run folders, checkpoints, the loop around an optimiser step, evaluation.
 """
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -63,7 +64,7 @@ class Train:
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
 PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000, "chunks": 1}}
-POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip"}
+POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds"}
 SHARES = {"decay", "direct", "cut", "cut_from", "cut_full"}
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
            "preset": ("auto", "tiny", "gpu"), "method": ("sft",), "style": arithmetic.STYLES[:4],
@@ -104,6 +105,9 @@ def flags(cls, argv=None, presets=None):
 
 def device_of(c):
     """Resolves --device, sets threads. Exits 2 where CUDA is asked for and missing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:                                                             # glibc: keep freed memory instead of paging it in anew
+        mallopt(-1, 2**30), mallopt(-3, 2**25)                              # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
     if c.threads:
         torch.set_num_threads(c.threads)
     if c.device == "cuda" and not torch.cuda.is_available():

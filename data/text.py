@@ -47,8 +47,8 @@ class Example(NamedTuple):
 
 class Mix(NamedTuple):
     """What training samples are made of: shares of domains, of operand counts (weights in the order of TRAINED), of kinds."""
-    domains: dict = {"expr": 0.5, "sum": 0.3, "modsum": 0.2}
-    operands: dict = {"expr": (1, 3, 6), "sum": (1, 2, 5, 2), "modsum": (2, 3, 5)}
+    domains: dict = {"expr": 0.45, "sum": 0.37, "modsum": 0.18}
+    operands: dict = {"expr": (1, 3, 6), "sum": (1, 3, 5, 2), "modsum": (2, 3, 5)}
     style: str = "long"
     direct: float = 0.10                                                    # share that answers without a trajectory
     cut: float = 0.10                                                       # share whose trajectory stops anywhere, then the answer
