@@ -116,7 +116,7 @@ class Analyze:
     examples: int = 1               # single trajectories drawn under the averages
     seed: int = 0                   # of trajectories and corruptions
     seeds: int = 5                  # runs an arm, where an experiment trains
-    steps: int = 200                # second-order meta-steps whose time every arm gets
+    steps: int = 120                # second-order meta-steps whose time every arm gets
     device: str = "auto"            # cpu, cuda, or auto
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
@@ -189,7 +189,8 @@ def exact_patches(model, head, t, tail):
 
     With them, layer by layer, the tail's logits without the trajectory equal those with it (2507.16003; 2511.17864): u is the
     residual that enters the MLP, z = norm(u), h the MLP's hidden units, C marks "with trajectory", and
-    dW_up = W_up (z_C - z) z^T / |z|^2, dW_down = (u_C - u) h^T / |h|^2. The tail keeps its positions.
+    dW_up = W_up (z_C - z) z^T / |z|^2, dW_down = (u_C - u) h^T / |h|^2. The tail keeps its positions. Where all hidden units are
+    silent, h = 0, no matrix can do it, and u_C - u is added as a bias.
     -> (patches with p (n, out) and z (n, in), logits with the trajectory, patched, and plain without it (n, V))."""
     device, n = model.head.weight.device, len(tail) - 1
     ids = lambda *parts: torch.tensor([sum(parts, [])], device=device)
@@ -209,8 +210,9 @@ def exact_patches(model, head, t, tail):
             z = x[0, -n:]
             p = (seen[name][0] - z) @ weight[name].T if kind == "up" else found.pop("u")
             found[name] = p, z
-            step = (p[:, :, None] * z[:, None, :] / z.square().sum(-1)[:, None, None]) @ z[:, :, None]         # dW z, as a matrix would
-            y = torch.cat((y[:, :-n], y[:, -n:] + step.squeeze(-1)), 1)
+            zz = z.square().sum(-1, keepdim=True)
+            step = (p[:, :, None] * z[:, None, :] / zz[:, :, None]).nan_to_num() @ z[:, :, None]               # dW z, as a matrix would
+            y = torch.cat((y[:, :-n], y[:, -n:] + torch.where(zz > 0, step.squeeze(-1), p)), 1)
         return y
 
     logits = lambda h: model.logits(h[0, -n:])
@@ -335,12 +337,14 @@ def explicit(c, model):
     ax.legend(fontsize=7, loc="upper left")
 
     cut = pooled["cut"]
+    chance = meta.outcomes(untrained(model), inner, qs, "whole", config["inner"], c.seed)
     gap = lambda a, b: interval(np.subtract(a, b, dtype=float))             # the same questions in the same order: paired
     gaps = {"cut_minus_theta": gap(cut["theta_prime"], cut["theta"]), "cut_minus_other": gap(cut["theta_prime"], pooled["other"]["theta_prime"])}
     lows = [g[1] for g in gaps.values()]
     verdict = "refuted" if min(lows) <= 0 else "supported" if np.mean(cut["theta_prime"]) >= 0.5 else "inconclusive"
     numbers = {"questions": {name: len(row["theta"]) for name, row in pooled.items()}, "gaps": gaps,
                "exact_match": {name: {w: interval(v) for w, v in row.items()} for name, row in pooled.items()},
+               "untrained": {w: interval(v) for w, v in chance.items()},
                "by_operands": {n: {name: {w: round(float(np.mean(v)), 4) for w, v in row.items()} for name, row in rows.items()} for n, rows in table.items()},
                "cosine": {label: {n: interval(v) for n, v in cos.items()} for label, cos in alike.items()},
                "mean_curves": {kind: np.round(on_grid(v).mean(0), 4).tolist() for kind, v in curves.items()}}
@@ -364,7 +368,7 @@ def order(c, model):
         tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 32)]
         for arm, flags in ARMS.items():
             config, _ = train.flags(meta.Meta, flags.split())
-            inner = meta.Inner(meta.fast_layers(model, f"{model.config.layers - 1}.up" if arm == "anil" else config.fast), 1, 1.0, config.tau)
+            inner = meta.Inner(meta.fast_layers(model, "{0}.up,{0}.down".format(model.config.layers - 1) if arm == "anil" else config.fast), 1, 1.0, config.tau)
             times = []
             for _ in range(8):
                 began = time.perf_counter()

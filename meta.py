@@ -21,6 +21,7 @@ import fnmatch
 import math
 import random
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,7 @@ class Meta:
     alpha: float = 1.0              # inner rate at the start; learned per layer and step
     tau: float = 10.0               # temperature of the inner loss
     weigh: bool = False             # learn a weight for every kind of token in the inner loss
+    unclosed: bool = False          # leave the closing </think> out of the inner loss
     msl: float = 0.0                # weight of the answers after inner steps before the last
     first_order: float = 0.0        # first share of the meta-steps taken first order
     joint: float = 1.0              # weight of the in-context loss
@@ -182,7 +184,7 @@ class Fast:
     `seen` (G, M, P) bool: which of the support's P tokens each of a question's M inputs may draw on; None: all. With a causal one,
     every input has a theta'_i of its own, i being the last token it may see."""
     def __init__(self, inner, G):
-        self.inner, self.G, self.steps, self.tape, self.seen = inner, G, [], {}, None
+        self.inner, self.G, self.steps, self.tape, self.seen = inner, G, [], None, None
 
     def __call__(self, name, x, y):
         if name not in self.inner.names:
@@ -193,7 +195,8 @@ class Fast:
             keys = rows @ X.mT                                              # (G, M, P)
             keys = keys if self.seen is None else keys * self.seen
             y = y - (self.inner.rate(name, k) * keys @ D).view_as(y)
-        self.tape.setdefault(name, []).append((x, y))
+        if self.tape is not None:
+            self.tape.setdefault(name, []).append((x, y))
         return y
 
 
@@ -220,7 +223,7 @@ def adapt(model, inner, pairs, G, steps=None, order=2, local=False):
                         for part in zip(*((x, next(grads)) for x, _ in fast.tape[name])))
                 step[name] = (X, D) if order == 2 else (X.detach(), D.detach())
             fast.steps.append(step)
-    fast.tape = {}
+    fast.tape = None
     return fast, first
 
 def by_step(support):
@@ -347,6 +350,7 @@ def meta_loss(model, inner, c, tasks, device="cpu", order=2):
     else:
         fast, h = adapt(model, inner, [support_pair], G, by_step(support) * c.K if c.inner == "step" else None, order, c.inner == "token")
         L_q = answer(fast)
+        h = model(support.ids) if c.inner == "token" else h                 # there the inner loop's own pass has no gradient through keys
         if c.msl:                                                           # MAML++: every inner step answers, not only the last
             steps = fast.steps
             for k in range(1, len(steps)):
@@ -359,7 +363,7 @@ def meta_loss(model, inner, c, tasks, device="cpu", order=2):
         joint = (own + model.score(h, support.joint.masked_fill(~support.answer, text.IGNORE)).sum()) / n_j
     else:
         joint = model.score(h, support.joint).sum() / n_j
-    return L_q * L_q.requires_grad + c.joint * joint, {"L_q": L_q.detach(), "joint": joint.detach()}
+    return c.joint * joint + (L_q if L_q.requires_grad else 0), {"L_q": L_q.detach(), "joint": joint.detach()}
 
 
 def meta(c, given):
@@ -370,6 +374,8 @@ def meta(c, given):
         print("training the model to start from")
         train.sft(*train.flags(train.Train, [f"--device={c.device}"], train.PRESETS))
     model, start = train.load_model(c.init, device)
+    if start["step"] < start["config"].get("steps", 0):
+        print(f"note: {c.init} is a run that stopped at step {start['step']} of {start['config']['steps']}", file=sys.stderr)
     torch.manual_seed(c.seed)
     try:
         if not all(k.isdigit() for k in c.operands.split(",")):
@@ -380,6 +386,8 @@ def meta(c, given):
         tasks_at(0, c)
         last = f"{model.config.layers - 1}."
         inner = Inner([n for n in fast_layers(model, c.fast) if c.algo != "anil" or n.startswith(last)], c.K, c.alpha, c.tau, c.weigh).to(device)
+        if c.unclosed:
+            inner.weight.data[text.END_THINK] = 0.0
     except ValueError as e:
         train.fail(e)
     if not inner.names:

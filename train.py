@@ -93,12 +93,12 @@ def flags(cls, argv=None, presets=None):
         number = isinstance(v, (int, float)) and not isinstance(v, bool)
         if number and (not math.isfinite(v) or v < 0 or v > 1e9 or name in POSITIVE and not v or name in SHARES and v > 1):
             fail(f"--{name}={v} is out of range" + " (a share: 0 to 1)" * (name in SHARES))
-    preset = {}
+    values = given
     if presets:
         name = given.get("preset", "auto")
         name = name if name != "auto" else "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny"
-        preset = {**presets[name], "preset": name}
-    return cls(**{**preset, **given, **({"preset": preset["preset"]} if preset else {})}), set(given)
+        values = {**presets[name], **given, "preset": name}
+    return cls(**values), set(given)
 
 
 # ----------------------------------------------------------------------------------------------------------------- run folders
@@ -112,7 +112,10 @@ def device_of(c):
         torch.set_num_threads(c.threads)
     if c.device == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda, but torch finds no CUDA device")
-    return torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")                          # TF32 for what autocast leaves in float32
+    return device
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
@@ -255,7 +258,7 @@ def fit(c, model, opts, step, extra=None):
                         g["lr"] = g["base"] * scale
                 numbers = step(i)
                 if not all(math.isfinite(v) for v in numbers.values()):
-                    print(f"error: step {i}: {numbers} is not finite; try a smaller --lr. The last checkpoint, {ckpt}, is good.",
+                    print(f"error: step {i}: {numbers} is not finite; try a smaller --lr" + f" (the last checkpoint, {ckpt}, is good)" * ckpt.exists(),
                           file=sys.stderr)
                     raise SystemExit(1)
                 for o in opts:
@@ -286,6 +289,8 @@ def prepare(c, given):
     if not (out / "ckpt.pt").exists():
         fail(f"there is nothing to resume in {out}")
     before = load(out / "ckpt.pt")["config"]
+    if set(before) != {f.name for f in fields(c)}:
+        fail(f"{out} is not a run of this script in this version")
     free = {"device", "threads"} & given                                    # else as before: another thread count rounds differently
     for k in given - free - {"resume", "overwrite", "out"}:
         if before[k] != getattr(c, k):
@@ -408,9 +413,11 @@ def ask(c):
 
 
 def command(main):
-    """Runs a script's main; Ctrl-C outside of `fit`, where there is nothing to save, is a line and not a traceback."""
+    """Runs a script's main. Ctrl-C outside of `fit`, where there is nothing to save, and files in the way are a line, not a traceback."""
     try:
         main()
+    except OSError as e:
+        fail(e)
     except KeyboardInterrupt:
         print("\nstopped; what was trained is on disk", file=sys.stderr)
         raise SystemExit(130) from None

@@ -61,6 +61,7 @@ def test_interrupted_and_resumed_equals_straight(tmp_path):
     ("train.py", ["--style=direct"], ["--style"]), ("train.py", ["--width=15", "--out=OUT/run"], ["width"]), ("train.py", ["--resume", "--out=OUT/none"], ["resume"]),
     ("train.py", ["extra"], ["extra"]), ("train.py", ["--ask=3+4", "--out=OUT/none"], ["no checkpoint"]),
     ("train.py", ["--direct=0.7", "--cut=0.7", "--out=OUT/run"], ["direct"]), ("train.py", ["--device=cuda", "--out=OUT/run"], ["CUDA"]),
+    ("train.py", ["--out=/dev/null/run"], ["/dev/null"]),
     ("analyze.py", ["nonsense"], ["nonsense"]), ("analyze.py", ["curve", "--questions=0"], ["--questions"])])
 def test_bad_input_is_one_line_and_exit_code_2(script, args, words, tmp_path):
     if "--device=cuda" in args and torch.cuda.is_available():
