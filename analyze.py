@@ -368,7 +368,7 @@ def order(c, model):
         tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 32)]
         for arm, flags in ARMS.items():
             config, _ = train.flags(meta.Meta, flags.split())
-            inner = meta.Inner(meta.fast_layers(model, "{0}.up,{0}.down".format(model.config.layers - 1) if arm == "anil" else config.fast), 1, 1.0, config.tau)
+            inner = meta.Inner(meta.fast_layers(model, config.fast, config.algo), 1, 1.0, config.tau)
             times = []
             for _ in range(8):
                 began = time.perf_counter()
@@ -479,6 +479,15 @@ def speed(c, model):
     ratios["64 questions: second-order meta-step / SFT step on the same tokens"] = ratio(second, sft)
     ratios["64 questions: first-order meta-step / SFT step on the same tokens"] = ratio(first, sft)
     ratios["64 questions: per-question loop / dual form"] = ratio(loop, second)
+    mix, recipe = text.Mix(), train.Train()
+    chunks = text.batch_at(0, recipe.batch, mix, 0, device, recipe.chunks)
+    def whole():
+        for x, y in chunks:
+            model.nll(x, y).sum().backward()
+    ratios["SFT: forward and backward / making the batch"] = ratio(whole, lambda: text.batch_at(0, recipe.batch, mix, 0, device, recipe.chunks))
+    hidden = [p for p in model.blocks.parameters()]
+    ours, theirs = train.Muon(hidden, 0.0), torch.optim.Muon(hidden, 0.0, weight_decay=0.0)
+    ratios["Muon: torch.optim.Muon / ours"] = ratio(theirs.step, ours.step)
     train.write(Path(c.out) / "speed.json", {"ratios": ratios, "device": train.device_name(device), "torch": torch.__version__, "revision": train.revision()})
     fig, ax = plt.subplots(figsize=(9, 0.5 * len(ratios) + 1))
     names = list(ratios)[::-1]

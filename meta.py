@@ -241,15 +241,18 @@ def theta_prime(model, inner, pairs, steps=None, create_graph=True):
         theta = {p: w - inner.rate(n, k) * g for n, (p, w), g in zip(inner.names, theta.items(), grads)}
     return theta
 
-def fast_layers(model, patterns):
-    """Names of the layers that comma-separated patterns name. ValueError for a pattern that names none."""
+def fast_layers(model, patterns, algo="maml"):
+    """Names of the layers that comma-separated patterns name, in the last block only for anil. ValueError where there are none."""
     names, found = [m.name for m in model.modules() if isinstance(m, Linear)], set()
     for p in patterns.split(","):
         hit = fnmatch.filter(names, p)
         if not hit:
             raise ValueError(f"no layer matches {p!r}; there are {', '.join(names)}")
         found.update(hit)
-    return [n for n in names if n in found]
+    found = [n for n in names if n in found and (algo != "anil" or n.startswith(f"{model.config.layers - 1}."))]
+    if not found:
+        raise ValueError(f"anil moves the last block only, and {patterns} has none of its layers")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------- meta-test
@@ -384,14 +387,11 @@ def meta(c, given):
         if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", c.missing) or not any(map(float, c.missing.split(","))):
             raise ValueError(f"--missing={c.missing} is not three weights such as 7,2,1")
         tasks_at(0, c)
-        last = f"{model.config.layers - 1}."
-        inner = Inner([n for n in fast_layers(model, c.fast) if c.algo != "anil" or n.startswith(last)], c.K, c.alpha, c.tau, c.weigh).to(device)
+        inner = Inner(fast_layers(model, c.fast, c.algo), c.K, c.alpha, c.tau, c.weigh).to(device)
         if c.unclosed:
             inner.weight.data[text.END_THINK] = 0.0
     except ValueError as e:
         train.fail(e)
-    if not inner.names:
-        train.fail(f"--algo=anil moves the last block only, and --fast={c.fast} has none of its layers")
     opts = train.optimisers(model, c.lr, c.lr_adam)
     learned = [p for p in inner.parameters() if p.requires_grad and c.alpha and c.algo not in ("none", "reptile")]
     if learned:
@@ -430,8 +430,7 @@ def load_meta(path, device="cpu"):
     if not state.get("extra") or "log_alpha" not in state["extra"]:
         train.fail(f"{path} is a checkpoint, but not one of meta.py")
     c = state["config"]
-    names = [n for n in fast_layers(model, c["fast"]) if c["algo"] != "anil" or n.startswith(f"{model.config.layers - 1}.")]
-    inner = Inner(names, c["K"], 1.0, c["tau"], c["weigh"]).to(device)
+    inner = Inner(fast_layers(model, c["fast"], c["algo"]), c["K"], 1.0, c["tau"], c["weigh"]).to(device)
     inner.load_state_dict(state["extra"])
     return model, inner, state
 
