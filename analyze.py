@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt                                             # no
 # -------------------------------------------------------------------------------------------- L_hat, the implicit inner loop (Eq. 4)
 
 @torch.no_grad()
-def prefix_nll(model, heads, trajectories, tails, width=32):
+def prefix_nll(model, heads, trajectories, tails, width=128):
     """L_hat[i] of the paper's Algorithm 3 for i = 0..|t|, of many sequences, in one pass.
 
     heads: ids up to <think>; trajectories: ids of t; tails: ids of `</think> a <eos>`. -> list of float arrays (|t| + 1,), entry i the
@@ -40,7 +40,8 @@ def prefix_nll(model, heads, trajectories, tails, width=32):
     prefix, branch = pad([h + t for h, t in zip(heads, trajectories)], P, text.PAD), pad([t[:-1] for t in tails], N, text.PAD)
     target = pad([t[1:] for t in tails], N, text.IGNORE)
     head = torch.tensor([len(h) for h in heads], device=device)[:, None]
-    J, W = max(map(len, trajectories)) + 1, width * N
+    J = max(map(len, trajectories)) + 1
+    W = min(width, J) * N
     cache, at = model.new_cache(B, W + P), torch.arange(P, device=device)   # slots: first the branches', then the prefix's
     unseen = torch.zeros(P, W, dtype=torch.bool, device=device)
     model(prefix, mask=torch.cat((unseen, at[:, None] >= at), 1)[None, None], cache=cache, slot=W + at[None])
@@ -165,8 +166,8 @@ def curve(c, model):
         row = {"questions": len(qs), "spearman_median": interval(rho, np.median),
                "L_hat_start": interval([v[0] for v in curves["correct"]]),
                "L_hat_end": {kind: interval([v[-1] for v in vs]) for kind, vs in curves.items()},
-               "drop_minus": {kind: interval(drop["correct"] - drop[kind]) for kind in ("wrong", "other", "filler")},
-               "mean_curves": {kind: np.round(on_grid(vs).mean(0), 4).tolist() for kind, vs in curves.items()}}
+               "drop_minus": {kind: interval(drop["correct"] - drop[kind]) for kind in ("wrong", "other", "filler")}}
+        numbers.setdefault("mean_curves", {})[domain] = {kind: np.round(on_grid(vs).mean(0), 4).tolist() for kind, vs in curves.items()}
         good = row["spearman_median"][0] < -0.5 and all(d[1] > 0 for d in row["drop_minus"].values())
         bad = row["spearman_median"][0] > 0 or any(d[2] < 0 for d in row["drop_minus"].values())
         verdicts.append(1 if good else -1 if bad else 0)
@@ -452,8 +453,9 @@ def speed(c, model):
     tail = [text.END_THINK, *ids(2), text.EOS]
     for T in (48, 512):
         head, t = [text.BOS, *ids(12), text.THINK], ids(T)
-        ratios[f"curve of {T} tokens: prefix by prefix / one pass"] = ratio(
-            lambda: prefix_by_prefix(model, head, t, tail), lambda: prefix_nll(model, [head], [t], [tail]))
+        for size, how in ((1, "one prefix at a time"), (64, "64 prefixes a batch")):
+            ratios[f"curve of {T} tokens: {how} / one pass"] = ratio(
+                lambda: prefix_by_prefix(model, head, t, tail, size), lambda: prefix_nll(model, [head], [t], [tail]))
     prompts = [ids(16) for _ in range(64)]
     def uncached():
         x = torch.tensor(prompts, device=device)
@@ -489,7 +491,7 @@ def speed(c, model):
     ours, theirs = train.Muon(hidden, 0.0), torch.optim.Muon(hidden, 0.0, weight_decay=0.0)
     ratios["Muon: torch.optim.Muon / ours"] = ratio(theirs.step, ours.step)
     train.write(Path(c.out) / "speed.json", {"ratios": ratios, "device": train.device_name(device), "torch": torch.__version__, "revision": train.revision()})
-    fig, ax = plt.subplots(figsize=(9, 0.5 * len(ratios) + 1))
+    fig, ax = plt.subplots(figsize=(9, 0.3 * len(ratios) + 1))
     names = list(ratios)[::-1]
     median = [ratios[n]["median"] for n in names]
     ax.barh(names, median, color=COLOURS["correct"])
@@ -497,7 +499,10 @@ def speed(c, model):
                 fmt="none", ecolor="#333333", elinewidth=0.8)
     for i, m in enumerate(median):
         ax.text(m, i, f"  {m:.1f}", va="bottom", fontsize=8)
-    ax.set(xscale="log", xlabel=f"ratio of times ({train.device_name(device)})")
+    ax.set(xscale="log", xlabel=f"ratio of times ({train.device_name(device)})", xlim=(1, 2 * max(median)))
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= 2 * max(median)]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
 
 EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed}
@@ -532,7 +537,7 @@ def report(c):
         if path.exists():
             r = json.loads(path.read_text())
             lines += [f"## {name}: {r['verdict']}", "", r["claim"], "", f"![{name}](figures/{name}.png)", "", f"Criterion: {r['criterion']}", "", "```",
-                      *(f"{k}: {json.dumps({a: b for a, b in v.items() if not a.startswith('mean_')})}" for k, v in r["numbers"].items()), "```", ""]
+                      *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k != "mean_curves"), "```", ""]
         else:
             lines += [f"## {name}: not run", ""]
     train.write(Path(c.out) / "report.md", "\n".join(lines))
