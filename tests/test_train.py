@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import analyze
 import train
 from data import arithmetic, text
 
@@ -17,18 +18,13 @@ ROOT = Path(train.__file__).parent
 SMALL = ["--layers=2", "--heads=2", "--width=16", "--batch=8", "--questions=3", "--save_every=4", "--threads=1", "--device=cpu"]
 
 
-def call(script, *args, cwd=ROOT):
-    return subprocess.run([sys.executable, ROOT / script, *args], cwd=cwd, capture_output=True, text=True)
+def call(script, *args):
+    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True)
 
 def weights(path):
     return torch.load(path, weights_only=True)["model"]["weights"]
 
-def refused(r, *words):
-    assert r.returncode == 2 and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, (r.returncode, r.stderr)
-    assert all(w in r.stderr for w in words), r.stderr
-
-
-def test_interrupted_and_resumed_equals_straight(tmp_path):
+def test_interrupted_and_resumed_equals_straight(tmp_path, refused):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     r = call("train.py", f"--out={straight}", "--steps=120", *SMALL)
     assert r.returncode == 0, r.stderr
@@ -47,26 +43,26 @@ def test_interrupted_and_resumed_equals_straight(tmp_path):
     rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (straight, broken)]
     assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == list(range(120))
     before = (straight / "ckpt.pt").read_bytes()
-    refused(call("train.py", f"--out={straight}", "--steps=120", *SMALL), "--resume", "--overwrite")
-    refused(call("train.py", f"--out={straight}", "--resume", "--lr=0.5"), "--lr=0.5")
+    refused(train, [f"--out={straight}", "--steps=120", *SMALL], ["--resume", "--overwrite"])
+    refused(train, [f"--out={straight}", "--resume", "--lr=0.5"], ["--lr=0.5"])
     assert (straight / "ckpt.pt").read_bytes() == before
     assert call("train.py", f"--out={straight}", "--ask=3+5*2").returncode == 0
     for question, word in (("3+x", "'x'"), ("", "empty"), ("3+", "number"), ("2-5", "negative")):
-        refused(call("train.py", f"--out={straight}", f"--ask={question}"), word)
+        refused(train, [f"--out={straight}", f"--ask={question}"], [word])
 
 
-@pytest.mark.parametrize("script,args,words", [
-    ("train.py", ["--stepz=3"], ["--stepz"]), ("train.py", ["--steps=0"], ["--steps"]), ("train.py", ["--steps=-4"], ["--steps"]),
-    ("train.py", ["--steps=many"], ["--steps"]), ("train.py", ["--lr=nan"], ["--lr"]), ("train.py", ["--cut=1.5"], ["--cut"]),
-    ("train.py", ["--style=direct"], ["--style"]), ("train.py", ["--width=15", "--out=OUT/run"], ["width"]), ("train.py", ["--resume", "--out=OUT/none"], ["resume"]),
-    ("train.py", ["extra"], ["extra"]), ("train.py", ["--ask=3+4", "--out=OUT/none"], ["no checkpoint"]),
-    ("train.py", ["--direct=0.7", "--cut=0.7", "--out=OUT/run"], ["direct"]), ("train.py", ["--device=cuda", "--out=OUT/run"], ["CUDA"]),
-    ("train.py", ["--out=/dev/null/run"], ["/dev/null"]),
-    ("analyze.py", ["nonsense"], ["nonsense"]), ("analyze.py", ["curve", "--questions=0"], ["--questions"])])
-def test_bad_input_is_one_line_and_exit_code_2(script, args, words, tmp_path):
+@pytest.mark.parametrize("module,args,words", [
+    (train, ["--stepz=3"], ["--stepz"]), (train, ["--steps=0"], ["--steps"]), (train, ["--steps=-4"], ["--steps"]),
+    (train, ["--steps=many"], ["--steps"]), (train, ["--lr=nan"], ["--lr"]), (train, ["--cut=1.5"], ["--cut"]),
+    (train, ["--style=direct"], ["--style"]), (train, ["--width=15", "--out=OUT/run"], ["width"]), (train, ["--resume", "--out=OUT/none"], ["resume"]),
+    (train, ["extra"], ["extra"]), (train, ["--ask=3+4", "--out=OUT/none"], ["no checkpoint"]),
+    (train, ["--direct=0.7", "--cut=0.7", "--out=OUT/run"], ["direct"]), (train, ["--device=cuda", "--out=OUT/run"], ["CUDA"]),
+    (train, ["--out=/dev/null/run"], ["/dev/null"]),
+    (analyze, ["nonsense"], ["nonsense"]), (analyze, ["curve", "--questions=0"], ["--questions"])])
+def test_bad_input_is_one_line_and_exit_code_2(module, args, words, tmp_path, refused):
     if "--device=cuda" in args and torch.cuda.is_available():
         pytest.skip("there is CUDA here")
-    refused(call(script, *(a.replace("OUT", str(tmp_path)) for a in args)), *words)
+    refused(module, [a.replace("OUT", str(tmp_path)) for a in args], words)
     assert not (tmp_path / "run").exists()
 
 
