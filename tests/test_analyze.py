@@ -1,5 +1,4 @@
 """Theorems and small statistics behind the figures."""
-import random
 
 import numpy as np
 import pytest
@@ -7,9 +6,8 @@ import torch
 
 import analyze
 import meta
-import train
 from data import arithmetic, text
-from model import Config, Model
+from model import Model
 
 
 @pytest.mark.parametrize("silent", (False, True))
