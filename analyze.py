@@ -3,8 +3,12 @@
     python analyze.py                            # the tour
     python analyze.py curve --questions=400      # one experiment, here the answer's loss along the trajectory
 """
+import contextlib
+import hashlib
+import io
 import json
 import random
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,6 +17,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import meta
 import train
@@ -81,6 +86,7 @@ def spearman(y):
 
 # ------------------------------------------------------------------------------------------------------------------------ figures
 
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#F0E442")      # Okabe and Ito: colour-blind safe
 COLOURS = {"correct": "#0072B2", "wrong": "#D55E00", "filler": "#999999", "other": "#E69F00", "weights": "#009E73", "theta": "#CC79A7"}
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150, "savefig.dpi": 150,
                      "axes.titlesize": 10, "legend.frameon": False, "lines.linewidth": 1.6, "figure.constrained_layout.use": True})
@@ -117,6 +123,8 @@ class Analyze:
     examples: int = 1               # single trajectories drawn under the averages
     seed: int = 0                   # of trajectories and corruptions
     seeds: int = 5                  # runs an arm, where an experiment trains
+    arm: tuple = ()                 # compare: an arm's flags; give it once an arm
+    cells: str = "expr:3,4"         # compare: the held-out questions, such as "expr:3,4 sum:5"
     steps: int = 120                # second-order meta-steps whose time every arm gets
     device: str = "auto"            # cpu, cuda, or auto
     threads: int = 0                # CPU threads, 0: as many as torch chooses
@@ -419,6 +427,147 @@ def order(c, model):
                              "exact_match": {arm: {k: interval(v) if k != "steps" else v[0] for k, v in r.items()} for arm, r in result.items()}}}
 
 
+# -------------------------------------------------------------------------------------------- comparisons: arms, each a string of flags
+
+def stages(c, arm, seed):
+    """An arm's runs for one seed: [(script, folder, flags)], each stage starting from the one before; `|` stands between stages.
+
+    A stage is flags of train.py, or `meta.py` and flags of it. A folder belongs to the whole chain up to it, so arms share stages."""
+    out, so_far = [], []
+    for stage in arm.split("|"):
+        words = stage.split()
+        script = meta if words[:1] == ["meta.py"] else train
+        words = words[words[:1] in (["meta.py"], ["train.py"]):]
+        so_far.append(" ".join([script.__name__, *words]))
+        name = " ".join(so_far)
+        slug = "_".join(re.findall(r"[\w.=,]+", name))[:60] + "-" + hashlib.blake2b(name.encode(), digest_size=3).hexdigest()
+        if so_far[1:]:
+            words = [f"--init={out[-1][1] / 'ckpt.pt'}", *words]
+        out.append((script, Path(c.out) / "runs" / slug / str(seed), words))
+    return out
+
+def train_arms(c, arms):
+    """Trains what is missing of arms (name -> flags) over c.seeds, one progress bar for the lot. -> {name: [folder of a seed]}."""
+    todo = {s[1]: (*s, seed) for seed in range(c.seeds) for arm in arms.values() for s in stages(c, arm, seed)}
+    for script, folder, words, seed in todo.values():                       # all flags are looked at before any run begins
+        train.flags(train.Train if script is train else meta.Meta, words)
+    train.QUIET = True
+    with tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True) as bar:
+        for folder, (script, _, words, seed) in todo.items():
+            if not (folder / "summary.json").exists():
+                half = (folder / "ckpt.pt").exists()
+                run = [f"--device={c.device}", f"--threads={c.threads}"]
+                run += ["--resume"] if half else [f"--seed={seed}", "--questions=20", "--overwrite", *words]
+                bar.set_postfix_str(str(folder))
+                with contextlib.redirect_stdout(io.StringIO()):
+                    if script is train:
+                        train.train(*train.flags(train.Train, [f"--out={folder}", *run], train.PRESETS))
+                    else:
+                        meta.meta(*train.flags(meta.Meta, [f"--out={folder}", *run]))
+            bar.update()
+    train.QUIET = False
+    return {name: [stages(c, arm, seed)[-1][1] for seed in range(c.seeds)] for name, arm in arms.items()}
+
+def cells_of(spec):
+    """'expr:3,4 sum:5' -> [(domain, operands)]. ValueError where there is no such cell."""
+    out = []
+    for part in spec.split():
+        domain, _, counts = part.partition(":")
+        for k in counts.split(","):
+            if domain not in train.CELLS or not k.isdigit() or int(k) not in train.CELLS[domain]:
+                raise ValueError(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as expr:3,4")
+            out.append((domain, int(k)))
+    if not out:
+        raise ValueError("--cells is empty: name some, such as 'expr:3,4 sum:5'")
+    return out
+
+def evaluate(c, folder, cells, n=32, k=8):
+    """A run on held-out questions -> {cell: {exact, pass, mg: list, a number a question}}, kept beside the run.
+
+    exact: greedy; pass and mg: Pass@k and mG-Pass@k from n samples. A run of meta.py also has `weights`: theta' after a correct
+    trajectory that is not in context. A run trained to answer directly is asked directly."""
+    path, key = folder / "compare.json", f"{cells} {c.questions} {n} {k}"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if key not in kept:
+        model, state = train.load_model(folder / "ckpt.pt", train.device_of(c))
+        mode, row = "direct" if state["config"].get("direct") == 1 else "trajectory", {}
+        for domain, operands in cells:
+            qs = train.held_out(domain, operands, c.questions)
+            right = train.sampled(model, qs, n, mode)
+            cell = row[f"{domain} {operands}"] = {
+                "exact": [float(arithmetic.verify(q, a)) for q, (_, a) in zip(qs, train.respond(model, qs, mode))],
+                "pass": [train.pass_at_k(n, r, k) for r in right], "mg": [train.mg_pass_at_k(n, r, k) for r in right]}
+            if "algo" in state["config"] and state["config"]["algo"] != "none":
+                m, inner, _ = meta.load_meta(folder / "ckpt.pt", model.head.weight.device)
+                rng = random.Random(f"{domain}/{operands}")
+                thinks = [";".join(arithmetic.steps(q, rng)[0]) for q in qs]
+                cell["weights"] = [float(arithmetic.verify(q, a)) for q, a in zip(qs, meta.answers(m, qs, thinks, inner, mode=state["config"]["inner"]))]
+        train.write(path, kept | {key: row})
+    return json.loads(path.read_text())[key]
+
+METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights": r"exact match of $\theta'$"}
+
+def crossed(v):
+    """[mean, low, high] of (seeds, questions) values: the bootstrap resamples both."""
+    v, rng = np.asarray(v, dtype=float), np.random.default_rng(0)
+    draws = [v[np.ix_(rng.integers(0, len(v), len(v)), rng.integers(0, v.shape[1], v.shape[1]))].mean() for _ in range(1000)]
+    return [round(float(x), 4) for x in (v.mean(), *np.quantile(draws, (0.025, 0.975)))]
+
+def contest(c, arms, cells=None):
+    """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
+    try:
+        cells = cells_of(cells or c.cells)
+    except ValueError as e:
+        train.fail(e)
+    scores, numbers = {}, {}
+    for name, folders in train_arms(c, arms).items():
+        rows = [evaluate(c, f, cells) for f in folders]
+        metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
+        scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
+        runs = [[json.loads((s[1] / "summary.json").read_text()) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
+        numbers[name] = {"flags": arms[name], **{m: crossed(v) for m, v in scores[name].items()},
+                         "by_cell": {cell: round(float(np.mean([row[cell]["exact"] for row in rows])), 4) for cell in rows[0]},
+                         "seconds": round(float(np.mean([sum(s["seconds"] for s in r) for r in runs])), 1),
+                         "tokens": round(float(np.mean([sum(s.get("tokens", 0) for s in r) for r in runs])))}
+    return scores, numbers
+
+def gaps_of(scores, pairs):
+    """{'a - b, metric': interval of the paired difference} for pairs of arms."""
+    return {f"{a} - {b}, {m}": crossed(scores[a][m] - scores[b][m]) for a, b in pairs for m in scores[a] if m in scores[b]}
+
+def bars(scores, numbers, title=""):
+    """A panel a metric, a bar an arm, a dot a seed."""
+    metrics = [m for m in METRICS if any(m in s for s in scores.values())]
+    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 0.45 * len(scores) + 1.2), sharey=True, squeeze=False)
+    for ax, m in zip(axes[0], metrics):
+        for i, (name, s) in enumerate(scores.items()):
+            if m in s:
+                mean, low, high = numbers[name][m]
+                ax.barh(i, mean, 0.7, color=PALETTE[i % len(PALETTE)])
+                ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
+                ax.plot(s[m].mean(1), [i] * len(s[m]), ".", color="#333333", markersize=3)
+        ax.set(xlabel=METRICS[m], xlim=(0, 1))
+    axes[0, 0].set_yticks(range(len(scores)), list(scores))
+    axes[0, 0].invert_yaxis()
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+def compare(c, model=None):
+    """Any arms against each other on the same held-out questions: --arm="FLAGS" --arm="FLAGS". No claim: measured.
+
+    Differences are paired by seed and question, each arm against the first; 95 % intervals resample seeds and questions."""
+    if len(c.arm) < 2:
+        train.fail('compare needs two arms or more: --arm="--steps=300" --arm="--steps=300 --style=short"')
+    arms = {a: a for a in c.arm}
+    scores, numbers = contest(c, arms)
+    gaps = gaps_of(scores, [(a, c.arm[0]) for a in c.arm[1:]])
+    for name, row in numbers.items():
+        print(f"{name}\n    " + "  ".join(f"{METRICS[m]} {row[m][0]:.3f} [{row[m][1]:.3f}, {row[m][2]:.3f}]" for m in METRICS if m in row) + f"  {row['seconds']} s")
+    for name, g in gaps.items():
+        print(f"{name}: {g[0]:+.3f} [{g[1]:+.3f}, {g[2]:+.3f}]")
+    return bars(scores, numbers, f"{c.cells}, {c.seeds} seeds"), {"claim": "a comparison", "verdict": "measured", "numbers": {"arms": numbers, "gaps": gaps}}
+
+
 # -------------------------------------------------------------------------------------------------------------------------- speed
 
 def ratio(slow, fast, repeats=5):
@@ -505,12 +654,13 @@ def speed(c, model):
     ax.minorticks_off()
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
 
-EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed}
+ALONE = {"compare": compare}                                                # these train what they need
+EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed} | ALONE
 TOUR = ("curve", "explicit")                                                # what runs unasked; the others only when they are named
 
 
 
-def run(name, c, model, state):
+def run(name, c, model=None, state=None):
     """One experiment: figure, data and verdict on disk. -> result."""
     began = time.perf_counter()
     fig, result = EXPERIMENTS[name](c, model)
@@ -518,7 +668,7 @@ def run(name, c, model, state):
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png")
     plt.close(fig)
-    result = {"checkpoint": {"run": c.sft, "steps": state["step"], "config": state["config"]}} | result
+    result = ({"checkpoint": {"run": c.sft, "steps": state["step"], "config": state["config"]}} if state else {}) | result
     result |= {"criterion": " ".join(EXPERIMENTS[name].__doc__.split()), "config": asdict(c), "revision": train.revision(), "seconds": round(time.perf_counter() - began, 1)}
     train.write(folder / f"{name}.json", result)
     print(f"{name}: {result['verdict']} ({result['seconds']} s)   {folder / name}.png")
@@ -551,20 +701,19 @@ def main():
         if n not in (*EXPERIMENTS, "report"):
             train.fail(f"there is no experiment {n!r}: choose from {', '.join(EXPERIMENTS)}, report")
     c, _ = train.flags(Analyze, [a for a in argv if a.startswith("-")])
-    device = train.device_of(c)
-    sft = Path(c.sft)
-    if not (sft / "summary.json").exists() and names != ["report"]:
-        half = (sft / "ckpt.pt").exists()
-        print(f"{'going on with' if half else 'training'} the model in {sft}")
-        train.sft(*train.flags(train.Train, [f"--out={sft}", f"--device={c.device}", *["--resume"] * half], train.PRESETS))
-    if names != ["report"]:
-        model, state = train.load_model(sft / "ckpt.pt", device)
-        for name in names or TOUR:
-            if name == "explicit" and not (Path(c.meta) / "summary.json").exists():
-                half = ["--resume"] if (Path(c.meta) / "ckpt.pt").exists() else [f"--init={sft / 'ckpt.pt'}"]
-                print(f"meta-training into {c.meta}")
-                meta.meta(*train.flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
-            run(name, c, model, state)
+    device, model, state, sft = train.device_of(c), None, None, Path(c.sft)
+    for name in [n for n in names or TOUR if n != "report"]:
+        if name not in ALONE and model is None:
+            if not (sft / "summary.json").exists():
+                half = (sft / "ckpt.pt").exists()
+                print(f"{'going on with' if half else 'training'} the model in {sft}")
+                train.train(*train.flags(train.Train, [f"--out={sft}", f"--device={c.device}", *["--resume"] * half], train.PRESETS))
+            model, state = train.load_model(sft / "ckpt.pt", device)
+        if name == "explicit" and not (Path(c.meta) / "summary.json").exists():
+            half = ["--resume"] if (Path(c.meta) / "ckpt.pt").exists() else [f"--init={sft / 'ckpt.pt'}"]
+            print(f"meta-training into {c.meta}")
+            meta.meta(*train.flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
+        run(name, c, *(() if name in ALONE else (model, state)))
     report(c)
 
 

@@ -375,7 +375,7 @@ def meta(c, given):
     device = train.device_of(c)
     if not Path(c.init).exists() and c.init == Meta.init:
         print("training the model to start from")
-        train.sft(*train.flags(train.Train, [f"--device={c.device}"], train.PRESETS))
+        train.train(*train.flags(train.Train, [f"--device={c.device}"], train.PRESETS))
     model, start = train.load_model(c.init, device)
     if start["step"] < start["config"].get("steps", 0):
         print(f"note: {c.init} is a run that stopped at step {start['step']} of {start['config']['steps']}", file=sys.stderr)

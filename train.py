@@ -1,8 +1,10 @@
-"""The outer loop with the trajectory in context: supervised fine-tuning (SFT) on questions, trajectories and answers.
+"""The outer loop with the trajectory in context: the three ways of the paper's Table 1 to obtain the inner loop.
 
-    python train.py                              # trains the default model into out/sft
+    python train.py                              # SFT: supervised fine-tuning, trains the default model into out/sft
     python train.py --resume                     # goes on where it stopped, bit for bit on a CPU
     python train.py --ask="(3+5)*2-7"            # asks the trained model
+    python train.py --method=grpo --init=out/weak/ckpt.pt --out=out/grpo       # on-policy reinforcement learning
+    python train.py --method=dpo --init=out/weak/ckpt.pt --out=out/dpo         # preference optimisation
 
 Also here, for every script of the project: flags, run folders, checkpoints, the loop around an optimiser step, evaluation.
 """
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from data import arithmetic, text
 from model import Config, Model
 
+QUIET = False                                                               # no progress bar of a run's own: somebody counts the runs
 FORMAT = "raml-arithmetic checkpoint 1"
 
 
@@ -35,16 +38,17 @@ FORMAT = "raml-arithmetic checkpoint 1"
 
 @dataclass
 class Train:
-    """Supervised fine-tuning of a small transformer on synthetic arithmetic."""
-    method: str = "sft"             # sft: cross-entropy on trajectories and answers
+    """Training of a small transformer on synthetic arithmetic, the trajectory in context."""
+    method: str = "sft"             # sft: cross-entropy on trajectories and answers; grpo, dpo: learn from the model's own
     preset: str = "auto"            # tiny, gpu, or auto: gpu where there is CUDA
     out: str = "out/sft"            # the folder of the run
+    init: str = ""                  # a checkpoint to start from; grpo and dpo need one
     resume: bool = False            # go on with the run in --out
     overwrite: bool = False         # replace the run in --out
     ask: str = ""                   # do not train: answer this question with the model in --out
     seed: int = 0                   # of weights and data
     steps: int = 1600               # optimiser steps
-    batch: int = 64                 # samples a step
+    batch: int = 64                 # samples a step (grpo, dpo: trajectories)
     chunks: int = 2                 # pieces of equal length that a batch is cut into, gradients summed
     layers: int = 4                 # transformer blocks
     heads: int = 4                  # attention heads a block
@@ -53,9 +57,21 @@ class Train:
     lr_adam: float = 0.02           # of AdamW, for embedding and head
     warmup: int = 20                # steps of linear warm-up
     decay: float = 0.6              # last share of the steps in which the rate falls linearly to 0
-    style: str = "long"             # of the trajectories: long, short, reflect, filler
+    domains: str = "expr,sum,modsum"  # of the questions; their shares are those of data/text.py
+    operands: str = ""              # operand counts such as 3,4, drawn evenly; empty: those of data/text.py
+    pool: int = 0                   # this many questions in all, 0: every one is drawn anew
+    support: int = 1                # sft with a --pool: distinct trajectories of a question
+    style: str = "long"             # of the trajectories: long, short, padded, reflect, filler; several, such as long,short, evenly
     direct: float = 0.10            # share of samples answered without a trajectory
     cut: float = 0.10               # share of samples whose trajectory stops anywhere
+    group: int = 16                 # grpo, dpo: trajectories sampled a question
+    update: int = 0                 # grpo: how many of a group enter the gradient, 0: all; the advantages use all
+    adv: str = "dr_grpo"            # grpo: / std of the group and 1 / length; dr_grpo: neither (2503.20783)
+    epochs: int = 1                 # grpo: optimiser steps on the same trajectories, the ratio clipped; 1: on-policy
+    eps: float = 0.2                # grpo: where the ratio is clipped
+    kl: float = 0.0                 # grpo: weight of the divergence from --init
+    beta: float = 0.1               # dpo: how far the preferences may pull from --init
+    max_new: int = 64               # grpo, dpo: tokens of a sampled trajectory with its answer
     questions: int = 200            # held-out questions a cell of the evaluation
     save_every: int = 100           # steps between checkpoints
     device: str = "auto"            # cpu, cuda, or auto
@@ -64,10 +80,11 @@ class Train:
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
 PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000, "chunks": 1}}
-POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds"}
+OWN = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3, "save_every": 25}       # defaults of grpo and dpo
+POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds", "group", "epochs", "beta", "max_new"}
 SHARES = {"decay", "direct", "cut", "cut_from", "cut_full"}
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
-           "preset": ("auto", "tiny", "gpu"), "method": ("sft",), "style": arithmetic.STYLES[:4],
+           "preset": ("auto", "tiny", "gpu"), "method": ("sft", "grpo", "dpo"), "adv": ("grpo", "dr_grpo"),
            "algo": ("maml", "fomaml", "reptile", "anil", "none"), "inner": ("whole", "step", "token"), "context_grad": ("full", "detached"),
            "domain": tuple(arithmetic.TRAINED)}
 
@@ -86,7 +103,7 @@ def flags(cls, argv=None, presets=None):
     notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     parser = Parser(description=cls.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(cls):
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__)
+        kind = dict(action="store_true") if f.type is bool else dict(action="append", metavar="FLAGS") if f.type is tuple else dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__)
         parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} (default: {f.default!r})".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     for name, v in given.items():
@@ -97,7 +114,7 @@ def flags(cls, argv=None, presets=None):
     if presets:
         name = given.get("preset", "auto")
         name = name if name != "auto" else "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny"
-        values = {**presets[name], **given, "preset": name}
+        values = {**presets[name], **(OWN if given.get("method", "sft") != "sft" else {}), **given, "preset": name}
     return cls(**values), set(given)
 
 
@@ -249,7 +266,7 @@ def fit(c, model, opts, step, extra=None):
         for g in o.param_groups:
             g.setdefault("base", g["lr"])
     try:
-        with open(log_path, "a") as log, tqdm(total=c.steps, initial=start, unit="step", disable=None, dynamic_ncols=True) as bar:
+        with open(log_path, "a") as log, tqdm(total=c.steps, initial=start, unit="step", disable=QUIET or None, dynamic_ncols=True) as bar:
             for i in range(start, c.steps):
                 began = time.perf_counter()
                 scale = min(1, (i + 1) / max(1, c.warmup), (c.steps - i) / max(1, c.decay * c.steps))
@@ -322,6 +339,24 @@ def respond(model, questions, mode="trajectory", max_new=96, **sampling):
         out.append((text.decode(t), text.decode(a)))
     return out
 
+def pass_at_k(n, c, k):
+    """Unbiased estimate, from c right among n samples, that one of k is right (the paper's Eq. 22; 2107.03374)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+def mg_pass_at_k(n, c, k):
+    """mG-Pass@k (Eq. 23; 2412.13147): (2/k) sum over i > k/2 of the chance that at least i of k are right: right, and reliably so."""
+    at_least = lambda i: sum(math.comb(c, j) * math.comb(n - c, k - j) for j in range(i, min(c, k) + 1)) / math.comb(n, k)
+    return 2 / k * sum(at_least(i) for i in range(math.ceil(k / 2) + 1, k + 1))
+
+def sampled(model, questions, n, mode="trajectory", seed=0, size=1024):
+    """How many of n outputs sampled at temperature 1 are right, a question -> list of int."""
+    generator, asked = torch.Generator(model.head.weight.device).manual_seed(seed), [q for q in questions for _ in range(n)]
+    right = []
+    for i in range(0, len(asked), size):
+        part = asked[i:i + size]
+        right += [arithmetic.verify(q, a) for q, (_, a) in zip(part, respond(model, part, mode, temperature=1.0, generator=generator))]
+    return [sum(right[i:i + n]) for i in range(0, len(right), n)]
+
 def exact_match(model, cells, n, seed=0, size=1024):
     """{domain: {operands: {mode: share right}}} over n held-out questions a cell, and a few mistakes as text."""
     questions = [(d, k, q) for d, ks in cells.items() for k in ks for q in held_out(d, k, n, seed=seed)]
@@ -349,32 +384,37 @@ def show_table(table):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- SFT
+# ------------------------------------------------------------------------------------------------------- SFT, GRPO, DPO (Table 1)
 
-def sft(c, given):
-    """Trains, evaluates, writes c.out. -> summary."""
-    c = prepare(c, given)
-    device = device_of(c)
-    torch.manual_seed(c.seed)
-    mix = text.Mix(style=c.style, direct=c.direct, cut=c.cut)
-    if mix.direct + mix.filler + mix.cut > 1:
-        fail(f"--direct and --cut leave less than nothing for whole trajectories ({mix.filler} think in dots)")
-    try:
-        model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
-    except ValueError as e:
-        fail(e)
-    if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
-        for b in model.blocks:
-            b.compile(dynamic=True)
-    low = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda")
-    ahead = ThreadPoolExecutor(1)                                           # the next batch is made while this one is learned
+def mix_of(c):
+    """The questions and trajectories that the flags ask for. ValueError where they ask for nothing."""
+    mix, names = text.Mix(style=c.style, direct=c.direct, cut=c.cut, filler=min(text.Mix().filler, max(0.0, 1 - c.direct - c.cut))), c.domains.split(",")
+    for d in names:
+        if d not in arithmetic.TRAINED:
+            raise ValueError(f"--domains={c.domains}: there is no domain {d!r}, choose from {', '.join(arithmetic.TRAINED)}")
+    for style in c.style.split(","):
+        if style not in arithmetic.STYLES or style == "direct":
+            raise ValueError(f"--style={c.style}: there is no style {style!r}, choose from {', '.join(s for s in arithmetic.STYLES if s != 'direct')}")
+    if mix.direct + mix.cut > 1:
+        raise ValueError("--direct and --cut are shares of the samples and make more than 1 together")
+    mix = mix._replace(domains={d: mix.domains[d] for d in names})
+    if c.operands:
+        asked = c.operands.split(",")
+        for d in names:
+            if not set(asked) <= set(map(str, arithmetic.TRAINED[d])):
+                raise ValueError(f"--operands={c.operands}: {d} is trained on {', '.join(map(str, arithmetic.TRAINED[d]))}")
+        mix = mix._replace(operands={d: [float(str(k) in asked) for k in arithmetic.TRAINED[d]] for d in names})
+    return mix.limited(c.pool, c.support, c.seed) if c.pool else mix
+
+def sft_step(c, model, mix, low):
+    """Cross-entropy on trajectories and answers that somebody wrote: off-policy, one number a token."""
+    device = model.head.weight.device
+    ahead, pending = ThreadPoolExecutor(1), {}                              # the next batch is made while this one is learned
     make = lambda i: ahead.submit(text.batch_at, i, c.batch, mix, c.seed, device, c.chunks)
-    pending = {}
 
     def step(i):
-        chunks = pending.pop(i, None) or make(i)
+        chunks = (pending.pop(i, None) or make(i)).result()
         pending[i + 1] = make(i + 1)
-        chunks = chunks.result()
         n = sum((y >= 0).sum() for _, y in chunks)
         total = 0.0
         for x, y in chunks:
@@ -383,9 +423,139 @@ def sft(c, given):
             loss.backward()
             total = total + loss.detach()
         return {"loss": float(total), "tokens": sum(x.numel() for x, _ in chunks)}
+    return step
 
-    seconds = fit(c, model, optimisers(model, c.lr, c.lr_adam), step)
-    ahead.shutdown()
+def rollouts(model, questions, c, seed):
+    """c.group outputs a question, sampled at temperature 1 -> (questions repeated, lists of ids after `<think>`, `<eos>` included)."""
+    asked = [q for q in questions for _ in range(c.group)]
+    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
+    rows = model.generate([text.prompt(q.text) for q in asked], text.EOS, c.max_new, 1.0, generator=generator, pad=text.PAD)
+    return asked, [r + [text.EOS] * (len(r) < c.max_new) for r in rows]
+
+def log_prob(model, asked, rows):
+    """log p of every token of `rows` after its question -> (N, T), and the mask of what are tokens of an output."""
+    full = [(text.prompt(q.text), r) for q, r in zip(asked, rows)]
+    T, device = max(len(h) + len(r) for h, r in full), model.head.weight.device
+    ids = torch.tensor([h + r + [text.PAD] * (T - len(h) - len(r)) for h, r in full], device=device)
+    targets = torch.tensor([[text.IGNORE] * len(h) + r + [text.IGNORE] * (T - len(h) - len(r)) for h, r in full], device=device)[:, 1:]
+    return -model.nll(ids[:, :-1], targets), targets >= 0
+
+def advantages(rewards, adv):
+    """(questions, G) -> the same shape: how much better than its group (GRPO, 2402.03300). dr_grpo leaves out the division by the group's
+    standard deviation, which weighs questions by their difficulty and biases the gradient (2503.20783)."""
+    a = rewards - rewards.mean(1, keepdim=True)
+    return a if adv == "dr_grpo" else a / (rewards.std(1, keepdim=True) + 1e-6)
+
+def policy_loss(logp, old, mask, advantage, c, ref=None):
+    """The clipped objective of Table 1, negated. logp, old, ref, mask (N, T), advantage (N,).
+
+    grpo averages over each output's own length, which favours long wrong ones; dr_grpo divides by a constant."""
+    A, rho = advantage[:, None], (logp - old).exp()
+    gain = torch.minimum(rho * A, rho.clamp(1 - c.eps, 1 + c.eps) * A)
+    if ref is not None:
+        gain = gain - c.kl * ((ref - logp).exp() - (ref - logp) - 1)        # unbiased, never negative (Schulman's k3)
+    return -((gain * mask).sum(1) / (mask.sum(1) if c.adv == "grpo" else c.max_new)).mean()
+
+def dpo_loss(better, worse, ref_better, ref_worse, beta):
+    """-log sigmoid(r+ - r-) with r = beta log(p / p_ref) of a whole output (2305.18290) -> (mean loss, share of pairs in order)."""
+    margin = beta * ((better - ref_better) - (worse - ref_worse))
+    return -torch.nn.functional.logsigmoid(margin).mean(), (margin > 0).float().mean()
+
+def own_questions(c, mix, i):
+    """The questions of a step of grpo or dpo: a pure function of (seed, step)."""
+    rng = random.Random(f"{c.method}/{c.seed}/{i}")
+    return [rng.choice(mix.pool)[0] if mix.pool else mix.question(rng) for _ in range(c.batch // c.group)]
+
+def judge(asked, rows):
+    return torch.tensor([arithmetic.reward(q, text.decode(r)) for q, r in zip(asked, rows)])
+
+def grpo_step(c, model, mix, low, opts, ref):
+    """On-policy reinforcement learning: sample, judge by the verifier, move towards what did better than its group."""
+    silent = [0]
+
+    def step(i):
+        seed = c.seed * 1_000_003 + i
+        asked, rows = rollouts(model, own_questions(c, mix, i), c, seed)
+        rewards = judge(asked, rows).view(-1, c.group)
+        A = advantages(rewards, c.adv)
+        signal = (A != 0).any(1).float().mean()
+        silent[0] = 0 if signal else silent[0] + 1
+        if silent[0] == 20:
+            tqdm.write(f"note: step {i}: all rewards of a group were equal in 20 steps in a row: there is nothing to learn from; going on", file=sys.stderr)
+        rng, keep = random.Random(seed), []
+        for g in range(len(A)):                                             # C10: the gradient sees `update` of a group, the advantages all
+            keep += sorted(g * c.group + j for j in rng.sample(range(c.group), c.update or c.group))
+        part = [asked[j] for j in keep], [rows[j] for j in keep]
+        with torch.no_grad(), low:
+            before = log_prob(ref, *part)[0] if c.kl else None
+        old = None
+        for epoch in range(c.epochs):
+            if epoch:                                                       # the last epoch's step is the caller's
+                for o in opts:
+                    o.step()
+                    o.zero_grad(set_to_none=True)
+            with low:
+                logp, mask = log_prob(model, *part)
+                old = logp.detach() if old is None else old
+                loss = policy_loss(logp, old, mask, A.flatten()[keep].to(logp.device), c, before)
+            loss.backward()
+        return {"reward": float(rewards.mean()), "right": float((rewards == 1).float().mean()), "form": float((rewards >= 0).float().mean()),
+                "signal": float(signal), "length": sum(map(len, rows)) / len(rows), "entropy": float(-(old * mask).sum() / mask.sum()),
+                "tokens": sum(map(len, rows))}
+    return step
+
+def dpo_step(c, model, mix, low, opts, ref):
+    """Preference optimisation: outputs sampled from --init, a right one preferred to a wrong one of the same question. Off-policy."""
+    def step(i):
+        asked, rows = rollouts(ref, own_questions(c, mix, i), c, c.seed * 1_000_003 + i)
+        rewards, pairs = judge(asked, rows), []
+        for g in range(0, len(rows), c.group):
+            right, wrong = ([j for j in range(g, g + c.group) if (rewards[j] == 1) == r] for r in (True, False))
+            pairs += zip(right, wrong)
+        if not pairs:
+            return {"loss": 0.0, "preferred": 0.5, "pairs": 0, "tokens": sum(map(len, rows))}
+        order = [j for j, _ in pairs] + [j for _, j in pairs]
+        part = [asked[j] for j in order], [rows[j] for j in order]
+        with torch.no_grad(), low:
+            before = log_prob(ref, *part)[0].sum(1).split(len(pairs))
+        with low:
+            loss, order = dpo_loss(*log_prob(model, *part)[0].sum(1).split(len(pairs)), *before, c.beta)
+        loss.backward()
+        return {"loss": float(loss.detach()), "preferred": float(order), "pairs": len(pairs), "tokens": sum(map(len, rows))}
+    return step
+
+def train(c, given):
+    """Trains by c.method, evaluates, writes c.out. -> summary."""
+    c = prepare(c, given)
+    device = device_of(c)
+    torch.manual_seed(c.seed)
+    if c.method != "sft" and not c.init:
+        fail(f"--method={c.method} learns from the trajectories of a trained model: give one with --init=RUN/ckpt.pt")
+    if c.method != "sft" and (c.update > c.group or c.batch % c.group or c.group < 2):
+        fail(f"--update={c.update} must be at most --group={c.group}, which must be at least 2 and divide --batch={c.batch}")
+    try:
+        mix = mix_of(c)
+        if c.init:
+            model, start = load_model(c.init, device)
+            shape = {k: start["model"]["shape"][k] for k in ("layers", "heads", "width")}
+            for k in {*shape} & given:
+                if shape[k] != getattr(c, k):
+                    fail(f"--{k}={getattr(c, k)}, but the model in {c.init} has {shape[k]}")
+            c = replace(c, **shape)
+        else:
+            model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
+    except ValueError as e:
+        fail(e)
+    if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
+        for b in model.blocks:
+            b.compile(dynamic=True)
+    low = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda")
+    opts = optimisers(model, c.lr, c.lr_adam)
+    if c.method == "sft":
+        step = sft_step(c, model, mix, low)
+    else:
+        step = {"grpo": grpo_step, "dpo": dpo_step}[c.method](c, model, mix, low, opts, load_model(c.init, device)[0].requires_grad_(False))
+    seconds = fit(c, model, opts, step)
     table, mistakes = exact_match(model, CELLS, c.questions)
     print(show_table(table))
     print("\n".join(["a few mistakes:", *mistakes[:5]]) if mistakes else "no mistakes on held-out questions of trained sizes")
@@ -424,7 +594,7 @@ def command(main):
 
 def main():
     c, given = flags(Train, presets=PRESETS)
-    ask(c) if "ask" in given else sft(c, given)
+    ask(c) if "ask" in given else train(c, given)
 
 if __name__ == "__main__":
     command(main)

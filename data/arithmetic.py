@@ -8,8 +8,8 @@ A question is a task: `((3+5)*2)-7`. Its trajectory is a list of steps that each
   modsum  distinct addends 0..96, modulo 97            45+88+13%97      the same, but a partial result says nothing of the answer
   diff    a chain of subtractions, never trained on    90-12-5-30       a step reduces the first two
 
-and five styles of trajectory: `long` (one operation a step), `short` (up to two a step), `reflect` (some steps wrong at first,
-then `W` and the right one), `filler` (as long as `long`, only dots) and `direct` (none).
+and six styles of trajectory: `long` (one operation a step), `short` (up to two a step), `padded` (`short`, then dots up to the length of a
+`long` one), `reflect` (some steps wrong at first, then `W` and the right one), `filler` (only dots) and `direct` (none).
 
     python -m data.arithmetic        # prints examples of each
 """
@@ -17,7 +17,7 @@ import hashlib
 import random
 from typing import NamedTuple
 
-STYLES = ("long", "short", "reflect", "filler", "direct")
+STYLES = ("long", "short", "padded", "reflect", "filler", "direct")
 TRAINED = {"expr": (2, 3, 4), "sum": (2, 3, 4, 5), "modsum": (2, 3, 4)}    # operand counts seen in training
 OOD = {"expr": (5, 6), "sum": (6, 7), "modsum": (5, 6), "diff": (3, 4)}    # longer questions, and the domain never seen
 MODULUS = 97
@@ -237,6 +237,9 @@ def steps(q, rng, style="long", wrong_at=None, p_wrong=0.3):
         return [], q.answer
     if style == "filler":
         return ["." * len(";".join(steps(q, rng)[0]))], q.answer
+    if style == "padded":
+        ts, answer = steps(q, rng, "short")
+        return ts[:-1] + [ts[-1] + "." * (len(";".join(steps(q, rng)[0])) - len(";".join(ts)))], answer
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
     out, state = [], q.state
@@ -295,6 +298,18 @@ def verify(q, answer):
     """Is `answer` (text) the answer of the question?"""
     return number(answer) is not None and answer == q.answer
 
+def reward(q, output):
+    """The paper's reward (Eq. 21) of what a model wrote after `<think>`, special tokens spelt out: `t</think>a<eos>`.
+
+    1: right and in form; 0: wrong, in form; -0.5: right (the last number in it), out of form; -1: wrong and out of form. In form is
+    one `</think>`, one `<eos>`, at the end, and a plain number between them."""
+    body, end, rest = output.partition("<eos>")
+    _, mark, answer = body.partition("</think>")
+    if end and not rest and mark and number(answer) is not None:
+        return 1.0 if verify(q, answer) else 0.0
+    last = "".join(c if c in "0123456789" else " " for c in output[-99:]).split()
+    return -0.5 if last and verify(q, last[-1]) else -1.0
+
 def check(q, trajectory):
     """One verdict a step of a trajectory's text: may this part be reduced now, and is its result right?
 
@@ -303,7 +318,7 @@ def check(q, trajectory):
     unknown: everything after it is False. The last step is also False if it leaves the question unfinished."""
     if not trajectory:
         return []
-    states, verdicts, parts = {q.state}, [], trajectory.split(";")
+    states, verdicts, parts = {q.state}, [], trajectory.rstrip(".").split(";")
     for part in parts:
         *slips, step = part.split("W")
         left, _, result = step.partition("=")

@@ -49,22 +49,42 @@ class Mix(NamedTuple):
     """What training samples are made of: shares of domains, of operand counts (weights in the order of TRAINED), of kinds."""
     domains: dict = {"expr": 0.45, "sum": 0.37, "modsum": 0.18}
     operands: dict = {"expr": (1, 3, 6), "sum": (1, 3, 5, 2), "modsum": (2, 3, 5)}
-    style: str = "long"
+    style: str = "long"                                                     # several, separated by commas, are drawn evenly
     direct: float = 0.10                                                    # share that answers without a trajectory
     cut: float = 0.10                                                       # share whose trajectory stops anywhere, then the answer
     filler: float = 0.03                                                    # share that thinks in dots
+    pool: tuple = ()                                                        # from `limited`; empty: every question is drawn anew
+
+    def think(self, q, rng):
+        style = rng.choice(self.style.split(",")) if "," in self.style else self.style
+        return ";".join(arithmetic.steps(q, rng, style)[0])
+
+    def question(self, rng):
+        domain = rng.choices(list(self.domains), list(self.domains.values()))[0]
+        return arithmetic.draw(rng, domain, rng.choices(arithmetic.TRAINED[domain], self.operands[domain])[0])
+
+    def limited(self, size, support, seed):
+        """This mix with a pool of `size` questions and up to `support` distinct trajectories of each (the paper's section on support
+        sets): a sample draws a question, then one of its trajectories, so only their diversity depends on `support`."""
+        rng, pool = random.Random(f"pool/{seed}"), []
+        for i in range(size):
+            q, own, found = self.question(rng), random.Random(f"pool/{seed}/{i}"), {}
+            for _ in range(20 * support):
+                found[self.think(q, own)] = None
+                if len(found) == support:
+                    break
+            pool.append((q, list(found)))
+        return self._replace(pool=tuple(pool))
 
     def sample(self, rng):
         """-> a random training Example."""
-        domain = rng.choices(list(self.domains), list(self.domains.values()))[0]
-        operands = rng.choices(arithmetic.TRAINED[domain], self.operands[domain])[0]
-        q = arithmetic.draw(rng, domain, operands)
+        q, thinks = rng.choice(self.pool) if self.pool else (self.question(rng), None)
         u = rng.random()
         if u < self.direct:
             return Example(q.text, "", q.answer, "answer")
         if u < self.direct + self.filler:
-            return Example(q.text, "." * rng.randint(1, 8 * (operands - 1)), q.answer, "answer")
-        think = ";".join(arithmetic.steps(q, rng, self.style)[0])
+            return Example(q.text, "." * rng.randint(1, 8 * (q.operands - 1)), q.answer, "answer")
+        think = rng.choice(thinks) if thinks else self.think(q, rng)
         if u < self.direct + self.filler + self.cut:
             return Example(q.text, think[:rng.randrange(len(think))], q.answer, "cut")
         return Example(q.text, think, q.answer)
