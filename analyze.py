@@ -124,7 +124,7 @@ class Analyze:
     seed: int = 0                   # of trajectories and corruptions
     seeds: int = 5                  # runs an arm, where an experiment trains
     arm: tuple = ()                 # compare: an arm's flags; give it once an arm
-    cells: str = "expr:3,4"         # compare: the held-out questions, such as "expr:3,4 sum:5"
+    cells: str = ""                 # held-out questions, such as "expr:3,4 sum:5"; empty: what an experiment says
     steps: int = 120                # second-order meta-steps whose time every arm gets
     device: str = "auto"            # cpu, cuda, or auto
     threads: int = 0                # CPU threads, 0: as many as torch chooses
@@ -513,10 +513,10 @@ def crossed(v):
     draws = [v[np.ix_(rng.integers(0, len(v), len(v)), rng.integers(0, v.shape[1], v.shape[1]))].mean() for _ in range(1000)]
     return [round(float(x), 4) for x in (v.mean(), *np.quantile(draws, (0.025, 0.975)))]
 
-def contest(c, arms, cells=None):
+def contest(c, arms, cells="expr:3,4"):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
     try:
-        cells = cells_of(cells or c.cells)
+        cells = cells_of(c.cells or cells)
     except ValueError as e:
         train.fail(e)
     scores, numbers = {}, {}
@@ -565,7 +565,77 @@ def compare(c, model=None):
         print(f"{name}\n    " + "  ".join(f"{METRICS[m]} {row[m][0]:.3f} [{row[m][1]:.3f}, {row[m][2]:.3f}]" for m in METRICS if m in row) + f"  {row['seconds']} s")
     for name, g in gaps.items():
         print(f"{name}: {g[0]:+.3f} [{g[1]:+.3f}, {g[2]:+.3f}]")
-    return bars(scores, numbers, f"{c.cells}, {c.seeds} seeds"), {"claim": "a comparison", "verdict": "measured", "numbers": {"arms": numbers, "gaps": gaps}}
+    return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds"), {"claim": "a comparison", "verdict": "measured", "numbers": {"arms": numbers, "gaps": gaps}}
+
+
+BASE = "--steps=500 --domains=expr --style=long,short,filler"              # knows how to think, and as many habits that do not help
+RL = "--method=grpo --domains=expr --operands=3,4"
+SFT = "--domains=expr --steps"
+METHODS = {"base": BASE, "SFT": f"{BASE} | {SFT}=600", "GRPO": f"{BASE} | {RL} --steps=70", "SFT, then GRPO": f"{BASE} | {SFT}=300 | {RL} --steps=35",
+           "SFT, then DPO": f"{BASE} | {SFT}=300 | --method=dpo --domains=expr --operands=3,4 --steps=40"}
+LENGTHS = {"short": "--steps=400 --domains=expr --operands=3,4 --style=short", "long": "--steps=400 --domains=expr --operands=3,4",
+           "padded short": "--steps=400 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=480 --domains=expr --operands=3,4 --style=short"}
+POOL = "--steps=400 --domains=sum --operands=4"
+SUPPORTS = {**{f"500 questions, {n} each": f"{POOL} --pool=500 --support={n}" for n in (1, 4, 16)}, "2000 questions, 1 each": f"{POOL} --pool=2000 --support=1"}
+UPDATES = {f"{n} of 16, {steps} steps": f"{BASE} | {RL} --warmup=4 --update={n} --steps={steps}" for n, steps in ((16, 24), (4, 24), (2, 24), (4, 96), (2, 192))}
+
+def decide(margins, statistic={}):
+    """Margins {name: a number a question or a run, above 0 where the claim holds} -> (verdict, {name: interval}).
+
+    Supported if every mean (or other statistic) has its 95 % interval above 0, refuted if one lies below 0, else inconclusive.
+    Two axes are seeds and questions, and both are resampled."""
+    gaps = {n: crossed(m) if np.ndim(m) == 2 else interval(m, statistic.get(n, np.mean)) for n, m in margins.items()}
+    return "supported" if all(g[1] > 0 for g in gaps.values()) else "refuted" if any(g[2] < 0 for g in gaps.values()) else "inconclusive", gaps
+
+def methods(c, model=None):
+    """SFT, GRPO, SFT then GRPO, SFT then DPO from one base, at about the same seconds (the paper's Table 1, C3 and C4).
+
+    C3 is supported if SFT has the higher exact match and mG-Pass@8 than GRPO from the same base. C4 is supported if SFT then GRPO
+    beats GRPO alone; and `stronger` if it also beats SFT alone, which the paper does not compare. Differences over seeds and questions,
+    supported where all 95 % intervals are above 0, refuted where one is below, else inconclusive."""
+    scores, numbers = contest(c, METHODS)
+    gap = lambda a, b, m: scores[a][m] - scores[b][m]
+    found = {"C3": decide({f"SFT - GRPO, {m}": gap("SFT", "GRPO", m) for m in ("exact", "mg")}),
+             "C4": decide({f"SFT, then GRPO - GRPO, {m}": gap("SFT, then GRPO", "GRPO", m) for m in ("exact", "mg")}),
+             "C4, stronger": decide({f"SFT, then GRPO - SFT, {m}": gap("SFT, then GRPO", "SFT", m) for m in ("exact", "mg")})}
+    logs = {seed: [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for seed, f in enumerate(train_arms(c, {"g": METHODS["GRPO"]})["g"])}
+    rise = {seed: [round(float(np.mean([r["reward"] for r in part])), 3) for part in (rows[:10], rows[-10:])] for seed, rows in logs.items()}
+    gains = {f"{a} - base, exact": crossed(gap(a, "base", "exact")) for a in METHODS if a != "base"}
+    return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds, about the same seconds behind the base"), {
+        "claim": "C3, C4: SFT gives a better inner loop than RL from a weak base, and RL is better after SFT",
+        "verdict": "; ".join(f"{n} {v}" for n, (v, _) in found.items()),
+        "numbers": {"arms": numbers, "gaps": {k: v for _, g in found.values() for k, v in g.items()} | gains, "GRPO: mean reward of first and last 10 steps": rise}}
+
+def length(c, model=None):
+    """Are longer trajectories better inner loops, that is more inner steps (C5)? long: an operation a step; short: two.
+
+    Supported if long beats short at as many questions and at as many tokens, and `padded short` (dots up to long's length)
+    does not beat short by as much as long does: differences in exact match over seeds and questions, 95 % intervals above 0."""
+    scores, numbers = contest(c, LENGTHS)
+    s = {a: v["exact"] for a, v in scores.items()}
+    verdict, gaps = decide({"long - short, as many questions": s["long"] - s["short"], "long - short, as many tokens": s["long"] - s["short, as many tokens"],
+                            "long - padded short": s["long"] - s["padded short"]})
+    gaps["padded short - short"] = crossed(s["padded short"] - s["short"])
+    return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds"), {
+        "claim": "C5: longer trajectories are more inner steps, and better", "verdict": verdict, "numbers": {"arms": numbers, "gaps": gaps}}
+
+def support(c, model=None):
+    """More trajectories a question: distinct ones in SFT at as many samples (C9), more of a group in GRPO's gradient (C10).
+
+    C9 is supported if 16 trajectories a question beat 1, and 4 beat 1, at as many samples. C10 is supported if 16 of 16 beat 4 and 2 of 16
+    at as many steps; it survives equal gradients if it also beats them when they take as many trajectories' gradients (4 and 8
+    times the steps). Exact match over seeds and questions, 95 % intervals above 0; refuted where one is below."""
+    sft, sft_numbers = contest(c, SUPPORTS, "sum:4")
+    rl, rl_numbers = contest(c, UPDATES)
+    one, few, many, wide = (v["exact"] for v in sft.values())
+    steps, fewer = {a: v["exact"] for a, v in rl.items()}, "16 of 16, 24 steps"
+    found = {"C9": decide({"16 - 1 trajectories": many - one, "4 - 1 trajectories": few - one}),
+             "C10": decide({f"{fewer} - {a}": steps[fewer] - steps[a] for a in ("4 of 16, 24 steps", "2 of 16, 24 steps")}),
+             "C10 at equal gradients": decide({f"{fewer} - {a}": steps[fewer] - steps[a] for a in ("4 of 16, 96 steps", "2 of 16, 192 steps")})}
+    gaps = {k: v for _, g in found.values() for k, v in g.items()} | {"2000 questions - 500 questions, 1 trajectory each": crossed(wide - one)}
+    return bars(sft | rl, sft_numbers | rl_numbers, f"above: SFT, sum:4; below: GRPO, expr:3,4; {c.seeds} seeds"), {
+        "claim": "C9, C10: more trajectories a question are a larger support set, and better", "verdict": "; ".join(f"{n} {v}" for n, (v, _) in found.items()),
+        "numbers": {"SFT": sft_numbers, "GRPO": rl_numbers, "gaps": gaps}}
 
 
 # -------------------------------------------------------------------------------------------------------------------------- speed
@@ -654,7 +724,7 @@ def speed(c, model):
     ax.minorticks_off()
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
 
-ALONE = {"compare": compare}                                                # these train what they need
+ALONE = {"compare": compare, "methods": methods, "length": length, "support": support}                                                # these train what they need
 EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed} | ALONE
 TOUR = ("curve", "explicit")                                                # what runs unasked; the others only when they are named
 
