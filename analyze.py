@@ -574,7 +574,7 @@ SFT = "--domains=expr --steps"
 METHODS = {"base": BASE, "SFT": f"{BASE} | {SFT}=600", "GRPO": f"{BASE} | {RL} --steps=70", "SFT, then GRPO": f"{BASE} | {SFT}=300 | {RL} --steps=35",
            "SFT, then DPO": f"{BASE} | {SFT}=300 | --method=dpo --domains=expr --operands=3,4 --steps=40"}
 LENGTHS = {"short": "--steps=400 --domains=expr --operands=3,4 --style=short", "long": "--steps=400 --domains=expr --operands=3,4",
-           "padded short": "--steps=400 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=480 --domains=expr --operands=3,4 --style=short"}
+           "padded short": "--steps=400 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=490 --domains=expr --operands=3,4 --style=short"}
 POOL = "--steps=400 --domains=sum --operands=4"
 SUPPORTS = {**{f"500 questions, {n} each": f"{POOL} --pool=500 --support={n}" for n in (1, 4, 16)}, "2000 questions, 1 each": f"{POOL} --pool=2000 --support=1"}
 UPDATES = {f"{n} of 16, {steps} steps": f"{BASE} | {RL} --warmup=4 --update={n} --steps={steps}" for n, steps in ((16, 24), (4, 24), (2, 24), (4, 96), (2, 192))}
