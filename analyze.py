@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -77,6 +77,20 @@ def interval(values, statistic=np.mean):
     """The same for a scalar, as a list for JSON."""
     return [round(float(x), 4) for x in bootstrap(values, statistic)]
 
+def crossed(v):
+    """[mean, low, high] of (seeds, questions) values: the bootstrap resamples both."""
+    v, rng = np.asarray(v, dtype=float), np.random.default_rng(0)
+    draws = [v[np.ix_(rng.integers(0, len(v), len(v)), rng.integers(0, v.shape[1], v.shape[1]))].mean() for _ in range(1000)]
+    return [round(float(x), 4) for x in (v.mean(), *np.quantile(draws, (0.025, 0.975)))]
+
+def decide(margins, statistic={}):
+    """Margins {name: a number a question or a run, above 0 where the claim holds} -> (verdict, {name: interval}).
+
+    Supported if every mean (or other statistic) has its 95 % interval above 0, refuted if one lies below 0, else inconclusive.
+    Two axes are seeds and questions, and both are resampled."""
+    gaps = {n: crossed(m) if np.ndim(m) == 2 else interval(m, statistic.get(n, np.mean)) for n, m in margins.items()}
+    return "supported" if all(g[1] > 0 for g in gaps.values()) else "refuted" if any(g[2] < 0 for g in gaps.values()) else "inconclusive", gaps
+
 def spearman(y):
     """Rank correlation of a sequence with its own index, ties averaged; 0 where it is constant."""
     rank = lambda v: np.array([(np.sum(v < x) + np.sum(v <= x) - 1) / 2 for x in v])
@@ -101,6 +115,11 @@ def band(ax, curves, colour, label, style="-"):
     ax.plot(GRID, mean, style, color=colour, label=label)
     ax.fill_between(GRID, low, high, color=colour, alpha=0.2, linewidth=0)
 
+def whisker(ax, x, ci, colour, **kw):
+    """A bar with its interval, ci = [mean, low, high]."""
+    ax.bar(x, ci[0], kw.pop("width", 0.7), color=colour, **kw)
+    ax.errorbar(x, ci[0], [[ci[0] - ci[1]], [ci[2] - ci[0]]], fmt="none", ecolor="#333333", elinewidth=0.8)
+
 def write_under(ax, think, curve, colour, label=None, style="o-"):
     """One trajectory: L_hat after every token, the tokens under the axis, a line at every step's end."""
     ax.plot(range(len(curve)), curve, style, color=colour, markersize=2.5, linewidth=1, label=label)
@@ -120,6 +139,8 @@ class Analyze:
     meta: str = "out/meta"          # the run of meta.py to look at, trained first if it is missing
     out: str = "out"                # figures go to OUT/figures, the report to OUT/report.md
     questions: int = 200            # held-out questions a cell
+    grid: int = 31                  # landscape: points a side, odd so that theta is one of them
+    uncut: str = "out/uncut"        # curve: a run trained with --cut=0, looked at too if it is there
     examples: int = 1               # single trajectories drawn under the averages
     seed: int = 0                   # of trajectories and corruptions
     seeds: int = 5                  # runs an arm, where an experiment trains
@@ -130,6 +151,22 @@ class Analyze:
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
 
+def cells_of(spec):
+    """'expr:3,4 sum:5' -> [(domain, operands)]. ValueError where there is no such cell."""
+    out = []
+    for part in spec.split():
+        domain, _, counts = part.partition(":")
+        for k in counts.split(","):
+            if domain not in train.CELLS or not k.isdigit() or int(k) not in train.CELLS[domain]:
+                raise ValueError(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as expr:3,4")
+            out.append((domain, int(k)))
+    if not out:
+        raise ValueError("--cells is empty: name some, such as 'expr:3,4 sum:5'")
+    return out
+
+def tail_of(q, answer=None):
+    return [text.END_THINK, *text.encode(q.answer if answer is None else answer), text.EOS]
+
 def kinds_of(q, others, rng):
     """Four trajectories of a question: {kind: text}, without 'wrong' where no corruption changes the answer."""
     ts = ";".join(arithmetic.steps(q, rng)[0])
@@ -138,96 +175,151 @@ def kinds_of(q, others, rng):
     out = {"correct": ts, "other": ";".join(arithmetic.steps(other, rng)[0]), "filler": "." * len(ts)}
     return out | {"wrong": ";".join(slip[0])} if slip else out
 
-def curves_of(model, questions, thinks, size=64):
-    """L_hat of one trajectory text a question."""
-    out = []
-    for i in range(0, len(questions), size):
-        qs, ts = questions[i:i + size], thinks[i:i + size]
-        out += prefix_nll(model, [text.prompt(q.text) for q in qs], [text.encode(t) for t in ts],
-                          [[text.END_THINK, *text.encode(q.answer), text.EOS] for q in qs])
-    return out
+def curves_of(model, questions, thinks, answers=None, size=64):
+    """L_hat of one trajectory text a question; `answers`: of other answers than the true ones."""
+    rows = list(zip(questions, thinks, answers or [q.answer for q in questions]))
+    return [curve for i in range(0, len(rows), size) for curve in prefix_nll(model, *zip(*(
+        (text.prompt(q.text), text.encode(t), tail_of(q, a)) for q, t, a in rows[i:i + size])))]
+
+def curve_margins(drop, rho, share):
+    """drop: {kind: L_hat's fall, a number a question}; rho: Spearman of L_hat with the position; share: of the fall in its largest 5 % of steps."""
+    return {"falls": drop["correct"], **{f"falls more than {kind}": drop["correct"] - v for kind, v in drop.items() if kind != "correct"}}, \
+           {"spearman below -0.5": -0.5 - rho, "less than half of the fall in its largest 5 % of steps": 0.5 - share}
+
+def cliff(y):
+    """Share of a curve's fall from first to last point that its largest 5 % of steps (at least one) make; None where it does not fall by 0.1."""
+    falls = np.sort(-np.diff(y))[::-1]
+    return float(falls[:max(1, round(0.05 * len(falls)))].sum() / (y[0] - y[-1])) if y[0] - y[-1] > 0.1 else None
 
 def curve(c, model):
-    """L_hat falls along a correct trajectory and not along others (the paper's C1 and C2, Figs. 2, 3, 16).
+    """L_hat falls along a correct trajectory and not along others (C1 and C2; Figs. 2, 3, 16), and does so progressively.
 
-    Supported in a domain if, for correct trajectories, the median Spearman correlation of L_hat with the position is below -0.5, and
-    the mean drop from the first to the last point is larger than for each of `wrong` (one wrong result, consistent after it), `other`
-    (another question's trajectory) and `filler` (as many dots): paired difference, 95 % bootstrap interval over questions above 0.
-    Supported if all domains are, refuted if one has a median above 0 or a drop smaller than a control's, else inconclusive."""
-    cells = {"expr": 4, "sum": 4, "modsum": 4}
-    fig, axes = plt.subplots(1 + c.examples, 3, figsize=(11, 3.1 + 2.3 * c.examples), squeeze=False)
-    numbers, verdicts = {}, []
-    for column, (domain, k) in enumerate(cells.items()):
+    Direction is supported in a domain if, over questions, the fall from the first to the last point is above 0 for correct trajectories and
+    larger than for each of `wrong` (one wrong result, consistent after it), `other` (another question's) and `filler` (as many dots). Progressive
+    is supported if the median Spearman correlation of L_hat and position is below -0.5 and the largest 5 % of steps make less than half of
+    the fall (median). 95 % bootstrap intervals; refuted if one lies on the other side; else inconclusive. Overall: the worst domain."""
+    try:
+        cells = cells_of(c.cells or "expr:4 sum:4 modsum:4")
+    except ValueError as e:
+        train.fail(e)
+    uncut = train.load_model(Path(c.uncut) / "ckpt.pt", model.head.weight.device)[0] if model and (Path(c.uncut) / "ckpt.pt").exists() else None
+    fig, axes = plt.subplots(2 + c.examples, len(cells), figsize=(3.7 * len(cells), 5.4 + 2.3 * c.examples), squeeze=False)
+    numbers, verdicts = {}, {"direction": [], "progressive": []}
+    for column, (domain, k) in enumerate(cells):
         rng = random.Random(f"{c.seed}/{domain}")
         qs = train.held_out(domain, k, c.questions)
+        if len({q.answer for q in qs}) < 2:
+            train.fail(f"--questions={c.questions}: the controls need two questions with different answers")
         trials = [(q, t) for q in qs if "wrong" in (t := kinds_of(q, qs, rng))]
         if not trials:
             train.fail(f"no wrong trajectory was found for {domain}")
-        qs = [q for q, _ in trials]
-        curves = {kind: curves_of(model, qs, [t[kind] for _, t in trials]) for kind in ("correct", "wrong", "other", "filler")}
+        qs, thinks = [q for q, _ in trials], {kind: [t[kind] for _, t in trials] for kind in ("correct", "wrong", "other", "filler")}
+        implied = [t.rpartition("=")[2] for t in thinks["wrong"]]
+        curves = {kind: curves_of(model, qs, t) for kind, t in thinks.items()}
+        says = curves_of(model, qs, thinks["wrong"], implied)               # a wrong trajectory's own conclusion, along it
+        margin = [a - b for a, b in zip(curves_of(model, qs, thinks["correct"], implied), curves["correct"])]
         ax = axes[0, column]
         for kind, v in curves.items():
             band(ax, v, COLOURS[kind], kind)
-        ax.set(title=f"{domain}, {k} operands, {len(qs)} questions", xlabel="fraction of the trajectory read", ylim=(0, None))
+        band(ax, says, COLOURS["wrong"], "wrong: the answer it implies", "--")
+        ax.set(title=f"{domain}, {k} operands, {len(qs)} questions", ylim=(0, None))
+        band(axes[1, column], margin, COLOURS["correct"], "margin: a wrong answer's\nloss - the right one's")
+        if uncut:
+            bare = curves_of(uncut, qs, thinks["correct"])
+            band(axes[1, column], bare, COLOURS["theta"], "trained without truncation:\n$\\hat{L}$, correct", "--")
+        axes[1, column].set(ylim=(min(0, on_grid(margin).mean(0).min()), None), xlabel="fraction of the trajectory read")
         drop = {kind: np.array([v[0] - v[-1] for v in vs]) for kind, vs in curves.items()}
-        rho = [spearman(v) for v in curves["correct"]]
-        row = {"questions": len(qs), "spearman_median": interval(rho, np.median),
-               "L_hat_start": interval([v[0] for v in curves["correct"]]),
-               "L_hat_end": {kind: interval([v[-1] for v in vs]) for kind, vs in curves.items()},
-               "drop_minus": {kind: interval(drop["correct"] - drop[kind]) for kind in ("wrong", "other", "filler")}}
-        numbers.setdefault("mean_curves", {})[domain] = {kind: np.round(on_grid(vs).mean(0), 4).tolist() for kind, vs in curves.items()}
-        good = row["spearman_median"][0] < -0.5 and all(d[1] > 0 for d in row["drop_minus"].values())
-        bad = row["spearman_median"][0] > 0 or any(d[2] < 0 for d in row["drop_minus"].values())
-        verdicts.append(1 if good else -1 if bad else 0)
-        numbers[domain] = row
+        rho, share = np.array([spearman(v) for v in curves["correct"]]), np.array([x for v in curves["correct"] if (x := cliff(v)) is not None])
+        direction, progressive = curve_margins(drop, rho, share if len(share) else np.ones(1))
+        found = {"direction": decide(direction), "progressive": decide(progressive, dict.fromkeys(progressive, np.median))}
+        for name, (v, _) in found.items():
+            verdicts[name].append(v)
+        numbers[domain] = {"questions": len(qs), **{name: {"verdict": v, "margins": g} for name, (v, g) in found.items()},
+            "spearman_median": interval(rho, np.median), "cliff_share_median": interval(share, np.median) if len(share) else None, "L_hat_start": interval([v[0] for v in curves["correct"]]),
+            "L_hat_end": {kind: interval([v[-1] for v in vs]) for kind, vs in (curves | {"wrong, implied answer": says}).items()},
+            "margin_start_end": [interval([v[e] for v in margin]) for e in (0, -1)]}
+        if uncut:
+            s = [x for v in bare if (x := cliff(v)) is not None]
+            numbers[domain]["trained_without_truncation"] = {"L_hat_start": interval([v[0] for v in bare]), "L_hat_end": interval([v[-1] for v in bare]),
+                "spearman_median": interval([spearman(v) for v in bare], np.median), "cliff_share_median": interval(s, np.median) if s else None}
+        numbers.setdefault("mean_curves", {})[domain] = {kind: np.round(on_grid(vs).mean(0), 4).tolist() for kind, vs in (curves | {"implied": says, "margin": margin}).items()}
         for e in range(c.examples):
-            write_under(axes[1 + e, column], trials[e][1]["correct"], curves["correct"][e], COLOURS["correct"])
-            axes[1 + e, column].set(title=f"one trajectory: {qs[e].text} = {qs[e].answer}", ylim=(0, None), xlabel="token of the trajectory")
-    for ax in axes[:, 0]:
-        ax.set_ylabel(r"$\hat{L}$, answer's NLL (nats a token)")
-    axes[0, 0].legend()
-    verdict = "supported" if min(verdicts) > 0 else "refuted" if min(verdicts) < 0 else "inconclusive"
-    return fig, {"claim": "C1, C2: the answer's loss falls along a correct trajectory, not along others", "verdict": verdict, "numbers": numbers}
+            write_under(axes[2 + e, column], trials[e][1]["correct"], curves["correct"][e], COLOURS["correct"])
+            axes[2 + e, column].set(title=f"{qs[e].text} = {qs[e].answer}", ylim=(0, None), xlabel="token of the trajectory")
+    for row, ax in enumerate(axes[:, 0]):
+        ax.set_ylabel("nats a token" if row == 1 else r"$\hat{L}$, answer's NLL (nats a token)")
+    for ax in axes[:2, 0]:
+        ax.legend(fontsize=7)
+    if not uncut:
+        numbers["trained without truncation"] = f"not looked at: there is no run in {c.uncut} (python train.py --cut=0 --out={c.uncut})"
+    worst = lambda v: "refuted" if "refuted" in v else "inconclusive" if "inconclusive" in v else "supported"
+    return fig, {"claim": "C1, C2: the answer's loss falls along a correct trajectory, not along others, and progressively",
+                 "verdict": "; ".join(f"{name} {worst(v)}" for name, v in verdicts.items()), "numbers": numbers}
 
 
 # --------------------------------------------------------------------------------------------- the two readings side by side (Eq. 4)
 
-@torch.no_grad()
-def exact_patches(model, head, t, tail):
-    """The implicit update as weights: {layer: (p, z)}, rank-1 patches dW = p z^T / |z|^2 of `up` and `down`, n = |tail| - 1 positions each.
+def layout(model, heads, ts, tails):
+    """Rows `head t tail[:-1]`, every section padded to a width of its own, so that the tail stands at the end, at its true positions.
 
-    With them, layer by layer, the tail's logits without the trajectory equal those with it (2507.16003; 2511.17864): u is the
-    residual that enters the MLP, z = norm(u), h the MLP's hidden units, C marks "with trajectory", and
-    dW_up = W_up (z_C - z) z^T / |z|^2, dW_down = (u_C - u) h^T / |h|^2. The tail keeps its positions. Where all hidden units are
-    silent, h = 0, no matrix can do it, and u_C - u is added as a bias.
-    -> (patches with p (n, out) and z (n, in), logits with the trajectory, patched, and plain without it (n, V))."""
-    device, n = model.head.weight.device, len(tail) - 1
-    ids = lambda *parts: torch.tensor([sum(parts, [])], device=device)
-    pos = torch.tensor([[*range(len(head)), *range(len(head) + len(t), len(head) + len(t) + n)]], device=device)
+    -> ids (B, S), pos (B, S), n: width of the tail, valid (B, n), mask(seen): (B, 1, S, S), in which the tail of a row sees its head,
+    the first seen[row] tokens of its t, and itself. With seen < |t| the context shrinks while the tail's positions stay."""
+    device, (H, T, n) = model.head.weight.device, (max(map(len, part)) for part in (heads, ts, [t[:-1] for t in tails]))
+    ids, pos, real = (torch.zeros(len(heads), H + T + n, dtype=torch.long) for _ in range(3))
+    for r, (h, t, a) in enumerate(zip(heads, ts, tails)):
+        for at, begin, part in ((0, 0, h), (H, len(h), t), (H + T, len(h) + len(t), a[:-1])):
+            ids[r, at:at + len(part)] = torch.tensor(part, dtype=torch.long)
+            pos[r, at:at + len(part)] = torch.arange(begin, begin + len(part))
+            real[r, at:at + len(part)] = 1
+    ids, pos, real, at = ids.to(device), pos.to(device), real.to(device).bool(), torch.arange(H + T + n, device=device)
+    def mask(seen):
+        hidden = (at >= H + T)[None, :, None] & ((at >= H) & (at < H + T))[None, None] & (at - H >= seen[:, None])[:, None]
+        return ((at[:, None] >= at) & (real[:, None] | torch.eye(len(at), dtype=torch.bool, device=device)) & ~hidden)[:, None]
+    return ids, pos, n, real[:, -n:], mask
+
+def patched(found, n):
+    """Stored patches as a hook: at the last n positions, position j of a row has the weights W + p z^T / |z|^2 of its own. Where z is
+    the number 1, or 0, p is a bias."""
+    def hook(name, x, y):
+        if name not in found:
+            return y
+        p, z = found[name]
+        if z.size(-1) > 1:
+            zz = z.square().sum(-1, keepdim=True)
+            p = p * torch.where(zz > 0, (x[:, -n:] * z).sum(-1, keepdim=True) / zz.clamp(min=torch.finfo(zz.dtype).tiny), 1)
+        return torch.cat((y[:, :-n], y[:, -n:] + p), 1)
+    return hook
+
+@torch.no_grad()
+def exact_patches(model, heads, ts, tails, seen=None, bias=False):
+    """The implicit update as weights: {layer: (p (B, n, out), z (B, n, in))}, a rank-1 patch dW = p z^T / |z|^2 of every `up` and `down` for
+    each position of the tail; with bias, a vector p added behind `down` instead of its patch, z = 1.
+
+    With them, layer by layer, the tail's logits without the trajectory equal those with its first `seen` tokens (2507.16003; 2511.17864):
+    u is the residual that enters the MLP, z = norm(u), h the MLP's hidden units, C marks "with trajectory", and
+    dW_up = W_up (z_C - z) z^T / |z|^2, dW_down = (u_C - u) h^T / |h|^2. Where all hidden units are silent, h = 0, no matrix can
+    do it, and u_C - u is added as a bias; where they nearly are, the matrix is huge, and a bias always the tamer choice. -> patches, logits with the trajectory, patched, plain (B, n, V), valid (B, n)."""
+    ids, pos, n, valid, mask = layout(model, heads, ts, tails)
     weight = {m.name: m.weight for m in model.modules() if isinstance(m, meta.Linear)}
-    seen, found = {}, {}
+    none, kept, found = torch.zeros(len(heads), dtype=torch.long, device=ids.device), {}, {}
+    seen = torch.tensor([len(t) for t in ts] if seen is None else seen, device=ids.device)
 
     def record(name, x, y):
-        seen[name] = x[0, -n:], y[0, -n:]
+        kept[name] = x[:, -n:], y[:, -n:]
         return y
 
     def patch(name, x, y):
-        block, kind = name.split(".")
+        kind = name.split(".")[1]
         if kind == "out":
-            found["u"] = seen[name][1] - y[0, -n:]                          # u_C - u: below it, patched and full residuals are equal
+            found["u"] = kept[name][1] - y[:, -n:]                          # u_C - u: below it, patched and full residuals are equal
         if kind in ("up", "down"):
-            z = x[0, -n:]
-            p = (seen[name][0] - z) @ weight[name].T if kind == "up" else found.pop("u")
-            found[name] = p, z
-            zz = z.square().sum(-1, keepdim=True)
-            step = (p[:, :, None] * z[:, None, :] / zz[:, :, None]).nan_to_num() @ z[:, :, None]               # dW z, as a matrix would
-            y = torch.cat((y[:, :-n], y[:, -n:] + torch.where(zz > 0, step.squeeze(-1), p)), 1)
+            z = x[:, -n:]
+            found[name] = (kept[name][0] - z) @ weight[name].T if kind == "up" else found.pop("u"), z if kind == "up" or not bias else torch.ones_like(z[..., :1])
+            y = patched({name: found[name]}, n)(name, x, y)
         return y
 
-    logits = lambda h: model.logits(h[0, -n:])
-    full = logits(model(ids(head, t, tail[:-1]), hook=record))
-    patched = logits(model(ids(head, tail[:-1]), pos=pos, hook=patch))
-    return found, full, patched, logits(model(ids(head, tail[:-1]), pos=pos))
+    run = lambda seen, hook: model.logits(model(ids, pos=pos, mask=mask(seen), hook=hook)[:, -n:])
+    return found, run(seen, record), run(none, patch), run(none, None), valid
 
 def cosines(model, inner, trials):
     """Cosine between the explicit update of every `up` and `down` (the inner loop's) and the implicit patch at </think>, per question.
@@ -238,12 +330,12 @@ def cosines(model, inner, trials):
     for q, a, b in trials:
         support, _ = meta.tensors([meta.Task(q, [a])], model.head.weight.device)
         fast, _ = meta.adapt(model, inner, [(support.ids, support.inner)], 1, order=1)
-        found, *_ = exact_patches(model, text.prompt(q.text), text.encode(b), [text.END_THINK, *text.encode(q.answer), text.EOS])
+        found, *_ = exact_patches(model, [text.prompt(q.text)], [text.encode(b)], [tail_of(q)])
         for name in inner.names:
             if name in found:
                 X, D = (torch.cat([step[name][j][0] for step in fast.steps]) for j in (0, 1))
                 X = torch.cat([x * inner.rate(name, k).detach() for k, x in enumerate(X.split(len(X) // len(fast.steps)))])
-                p, z = (v[0] for v in found[name])
+                p, z = (v[0, 0] for v in found[name])
                 norm = ((X @ X.T) * (D @ D.T)).sum().clamp(min=0).sqrt() * p.norm() * z.norm()
                 if norm > 0:
                     out.setdefault(name, []).append(float(-(X @ z) @ (D @ p) / norm))
@@ -361,6 +453,516 @@ def explicit(c, model):
                  "numbers": numbers, "checkpoint": {"run": c.meta, "steps": state["step"], "config": config}}
 
 
+# -------------------------------------------------------------------------------------------- what the trajectory does to the weights
+
+def rows_of(c, default="expr:4"):
+    """The first cell of --cells: its questions, a correct trajectory each, another question's, and the cell as text."""
+    try:
+        domain, k = cells_of(c.cells or default)[0]
+    except ValueError as e:
+        train.fail(e)
+    qs, rng = train.held_out(domain, k, c.questions), random.Random(f"{c.seed}/{domain}/{k}")
+    if len({q.answer for q in qs}) < 2:
+        train.fail(f"--questions={c.questions}: the controls need two questions with different answers")
+    ts = [";".join(arithmetic.steps(q, rng)[0]) for q in qs]
+    return qs, ts, [rng.choice([t for o, t in zip(qs, ts) if o.answer != q.answer]) for q in qs], f"{domain}, {k} operands, {len(qs)} questions"
+
+def as_ids(qs, ts):
+    return [text.prompt(q.text) for q in qs], [text.encode(t) for t in ts], [tail_of(q) for q in qs]
+
+def proposition(n=200, width=32, words=8, seed=0):
+    """Proposition 2.1 in its own setting, one random layer without norm, residual or scale (Eqs. 5, 6), float64.
+
+    -> {construction: n errors}, each relative to the change that a token t_0 makes and the new weights should reproduce: 0 is exact, 1 as
+    bad as doing nothing. `printed`: the proof's W_q' = P W_q with E_t P = E_last, W_k' and W_v' through the least-squares C (Eqs.
+    13-19; the product of Eq. 19 does not type-check, so M stands between E_l^+ and M^T). `direction mended`: P with E_last P = E_t.
+    `rank-1 repair`: W_v' = W_v + a^T (o - a W_v) / |a|^2, with a the attended input and o the attention's output after t_0."""
+    g, errors = torch.Generator().manual_seed(seed), {"printed": [], "direction mended": [], "rank-1 repair": []}
+    new = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64) / shape[0] ** 0.5
+    for _ in range(n):
+        E, t, Wq, Wk, Wv, W1, W2, b1, b2 = new(words, width) * 3, new(1, width) * 3, *(new(width, width) for _ in range(3)), new(width, 4 * width), new(4 * width, width), *(new(1, m) for m in (4 * width, width))
+        weights = lambda q, K, Wq, Wk: (q @ Wq @ (K @ Wk).T).softmax(-1)
+        mlp = lambda o: (o @ W1 + b1).relu() @ W2 + b2
+        last, longer = E[-1:], torch.cat((E, t))
+        before = mlp(weights(last, E, Wq, Wk) @ E @ Wv)
+        o = weights(t, longer, Wq, Wk) @ longer @ Wv
+        after = mlp(o)
+        M = torch.cat((torch.eye(words, dtype=torch.float64), (t @ torch.linalg.pinv(E)).T), 1)      # (|l|, |l| + 1)
+        through = torch.linalg.pinv(E) @ M @ M.T @ E
+        for name, P in (("printed", t.T @ last / t.square().sum()), ("direction mended", last.T @ t / last.square().sum())):
+            errors[name].append(float((mlp(weights(last, E, P @ Wq, through @ Wk) @ E @ through @ Wv) - after).norm() / (after - before).norm()))
+        a = weights(last, E, Wq, Wk) @ E
+        errors["rank-1 repair"].append(float((mlp(a @ (Wv + a.T @ (o - a @ Wv) / a.square().sum())) - after).norm() / (after - before).norm()))
+    return errors
+
+def patch_margins(errors):
+    """Orders of magnitude to spare: below 1e-4 in float32 and 1e-10 in float64, and 100 times below unpatched and another question's patch."""
+    e = {n: np.log10(np.maximum(v, 1e-30)) for n, v in errors.items()}
+    return {"float32 below 1e-4": -4 - e["float32"], "float64 below 1e-10": -10 - e["float64"],
+            "unpatched": e["unpatched"] - e["float32"] - 2, "another question's patch": e["other"] - e["float32"] - 2}
+
+def patch(c, model):
+    """The trajectory as an exact rank-1 change of the weights, without it in context (Proposition 2.1; C0).
+
+    Supported if the largest error of the answer's logits is below 1e-4 in float32 and 1e-10 in float64, and a hundred times smaller than both
+    the unpatched error and that of another question's patch: mean orders of magnitude to spare, 95 % intervals above 0; refuted
+    if one lies below 0. Holds for an untrained model as well: a theorem on what weights can do, not on what they were trained for."""
+    qs, ts, _, title = rows_of(c)
+    ids, errors = as_ids(qs, ts), {}
+    biggest = lambda a, b, valid: ((a - b).abs().amax(-1) * valid).amax(-1).double().cpu().numpy()
+    double = type(model).load(model.state()).double().to(model.head.weight.device)
+    for name, m, bias in (("float64, bias", double, True), ("float64", double, False), ("float32", model, False)):
+        found, full, mended, plain, valid = exact_patches(m, *ids, bias=bias)
+        errors[name] = biggest(mended, full, valid)
+    errors["unpatched"] = biggest(plain, full, valid)
+    where, pos, n, _, mask = layout(model, *ids)
+    rolled = {name: tuple(v.roll(1, 0) for v in pz) for name, pz in found.items()}
+    with torch.no_grad():
+        wrong = model.logits(model(where, pos=pos, mask=mask(torch.zeros(len(qs), dtype=torch.long, device=where.device)), hook=patched(rolled, n))[:, -n:])
+    errors["other"] = biggest(wrong, full, valid & valid.roll(1, 0))
+    errors["untrained, float64"] = biggest(*[exact_patches(untrained(model).double(), *ids)[i] for i in (2, 1, 4)])
+    verdict, gaps = decide(patch_margins(errors))
+    weight, size, spread = {m.name: m.weight.detach() for m in model.modules() if isinstance(m, meta.Linear)}, {}, {}
+    for name, (p, z) in found.items():
+        p, z = p[:, 0], z[:, 0]                                             # at </think>, where the answer's first digit is chosen
+        size[name] = ((p.norm(dim=-1) / z.norm(dim=-1)).nan_to_num(posinf=0) / weight[name].norm()).cpu().numpy()
+        unit = torch.nn.functional.normalize(p, dim=-1), torch.nn.functional.normalize(z, dim=-1)
+        values = torch.linalg.eigvalsh((unit[0] @ unit[0].T) * (unit[1] @ unit[1].T))
+        spread[name] = float(values.sum() ** 2 / values.square().sum().clamp(min=1e-12))
+    made = proposition()
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    labels = {"float32": "patched, float32", "float64": "patched, float64", "float64, bias": "bias behind `down`\n instead, float64", "untrained, float64": "untrained model,\npatched, float64", "unpatched": "unpatched", "other": "another\nquestion's patch"}
+    axes[0].boxplot([np.maximum(errors[n], 1e-17) for n in labels], orientation="horizontal", tick_labels=list(labels.values()), widths=0.6, flierprops={"markersize": 2})
+    axes[0].set(xscale="log", xlabel="largest error of the answer's logits", title=title)
+    axes[1].boxplot([np.maximum(e, 1e-17) for e in made.values()], orientation="horizontal", tick_labels=["as printed", "direction of P\nmended", "rank-1 repair\nof $W_v$"], widths=0.6, flierprops={"markersize": 2})
+    axes[1].set(xscale="log", xlabel="error / the change to be made", title="Proposition 2.1, one random layer")
+    x, twin = range(len(size)), axes[2].twinx()
+    mean, low, high = zip(*(bootstrap(v, n=500) for v in size.values()))
+    axes[2].errorbar(x, mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", color=COLOURS["correct"], markersize=4)
+    twin.plot(x, list(spread.values()), "s--", color=COLOURS["other"], markersize=4)
+    axes[2].set_xticks(x, list(size), rotation=45)
+    axes[2].set(title="patches at </think>", ylim=(0, None))
+    axes[2].set_ylabel("norm of dW / norm of W", color=COLOURS["correct"])
+    twin.set_ylabel(f"effective rank of {len(qs)} patches", color="#9a6a00")
+    twin.set(ylim=(0, None))
+    twin.spines["right"].set_visible(True)
+    return fig, {"claim": "C0, Proposition 2.1: some weights do without the trajectory what the model does with it", "verdict": verdict, "numbers": {
+        "orders of magnitude to spare": gaps, "median error": {n: float(np.median(e)) for n, e in errors.items()}, "largest error": {n: float(np.max(e)) for n, e in errors.items()},
+        "proposition 2.1, error / change": {n: [float(np.median(e)), float(np.max(e))] for n, e in made.items()},
+        "rank of a patch": 1, "norm of dW / norm of W": {n: interval(v) for n, v in size.items()}, "effective rank over questions": {n: round(v, 1) for n, v in spread.items()}}}
+
+def increments(model, qs, ts, i):
+    """Does the implicit patch, when one more token is read, move along -grad L_q at the weights patched so far?
+
+    Increment dW_{i+1} - dW_i of every `up` and of the bias behind every `down`, at every position of the answer, each with weights of its own,
+    against -D z^T, the gradient of the answer's summed NLL there. The answer keeps its positions. -> {layer or 'all': cosines (questions,)}."""
+    heads, t, tails = as_ids(qs, ts)
+    now, *_ = exact_patches(model, heads, t, tails, i, bias=True)
+    then, *_, valid = exact_patches(model, heads, t, tails, [j + 1 for j in i], bias=True)
+    ids, pos, n, _, mask = layout(model, heads, t, tails)
+    targets, outputs, inputs, change = torch.full((len(qs), n), text.IGNORE, device=ids.device), {}, {}, patched(now, n)
+    for row, tail in zip(targets, tails):
+        row[:len(tail) - 1] = torch.tensor(tail[1:])
+    def keep(name, x, y):
+        y = change(name, x, y)
+        if name in now:
+            inputs[name], outputs[name] = x.detach()[:, -n:] if now[name][1].size(-1) > 1 else now[name][1], y
+        return y
+    h = model(ids, pos=pos, mask=mask(torch.zeros_like(ids[:, 0])), hook=keep)[:, -n:]
+    grads = torch.autograd.grad(model.score(h, targets).sum(), list(outputs.values()))
+    dot = lambda a, b: (a * b).sum(-1)
+    unit = lambda p, z: p / dot(z, z).clamp(min=1e-30)[..., None]           # dW = unit z^T; 0 where z = 0
+    total = 0
+    parts = {}
+    for name, g in zip(outputs, grads):
+        D, z = g[:, -n:], inputs[name]
+        (p, x), (r, y) = ((unit(*f[name]), f[name][1]) for f in (now, then))
+        step = -(dot(r, D) * dot(y, z) - dot(p, D) * dot(x, z))
+        size = dot(p, p) * dot(x, x) + dot(r, r) * dot(y, y) - 2 * dot(p, r) * dot(x, y)
+        parts[name] = torch.stack([(v * valid).sum(-1) for v in (step, size.clamp(min=0), dot(D, D) * dot(z, z))])
+        total = total + parts[name]
+    cosine = lambda v: (v[0] / (v[1] * v[2]).sqrt().clamp(min=1e-30)).double().cpu().numpy()
+    return {name: cosine(v) for name, v in {"all": total, **parts}.items()}
+
+def gradient_margins(cos):
+    """{condition: cosines over all layers, one a question} -> (aligned at all: above 0 and every control; a gradient step: mostly along it)."""
+    return {"above 0": cos["trained"], **{f"above {name}": cos["trained"] - v for name, v in cos.items() if name != "trained"}}, {"cosine above 0.5": cos["trained"] - 0.5}
+
+def gradient(c, model):
+    """Is the trajectory's implicit update a gradient step on L_q (C0b)? The paper asserts it (Eq. 4) and shows only that an update exists.
+
+    Cosine of each increment of the exact patch with -grad L_q at the current patched weights, eight random tokens of a correct trajectory a
+    question, averaged. `aligned` is supported if it is above 0 and above three controls: the trajectory's tokens shuffled, another question's
+    trajectory, an untrained model (paired differences over questions); `a gradient step` if it is above 0.5. Supported: 95 % intervals
+    above; refuted: one lies below; else inconclusive. (Against the
+    loss of 2507.16003, linear in W and defined by these increments themselves, the cosine is 1 by construction, for any model and any text.)"""
+    qs, ts, others, title = rows_of(c)
+    rng, cos = random.Random(c.seed), {}
+    shuffled = ["".join(rng.sample(t, len(t))) for t in ts]
+    for name, (m, thinks) in {"trained": (model, ts), "shuffled": (model, shuffled), "another question's": (model, others), "untrained": (untrained(model), ts)}.items():
+        for _ in range(8):
+            drawn = [rng.randrange(len(t)) for t in thinks]
+            for j in range(0, len(qs), 200):
+                for layer, v in increments(m, qs[j:j + 200], thinks[j:j + 200], drawn[j:j + 200]).items():
+                    cos.setdefault(name, {}).setdefault(layer, np.zeros(len(qs)))[j:j + 200] += v / 8
+    found = dict(zip(("aligned", "a gradient step"), map(decide, gradient_margins({name: v["all"] for name, v in cos.items()}))))
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(1, 1.6))
+    marks = dict(zip(cos, ("correct", "filler", "other", "theta")))
+    for i, (name, v) in enumerate(cos.items()):
+        whisker(axes[0], i, interval(v["all"]), COLOURS[marks[name]])
+        layers = [n for n in v if n != "all"]
+        mean, low, high = zip(*(bootstrap(v[n], n=500) for n in layers))
+        axes[1].errorbar(np.arange(len(layers)) + 0.08 * i, mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", markersize=3, color=COLOURS[marks[name]], label=name)
+    axes[0].set_xticks(range(len(cos)), [n.replace(" ", "\n") for n in cos])
+    axes[1].set_xticks(range(len(layers)), layers, rotation=45)
+    axes[0].set(ylabel="cosine of a token's update and $-\\nabla L_q$", title=title)
+    axes[1].set(title="by layer", ylabel="cosine")
+    for ax in axes:
+        ax.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+    axes[1].legend(fontsize=8)
+    return fig, {"claim": "C0b: a trajectory token updates the weights along -grad L_q", "verdict": "; ".join(f"{n}: {v}" for n, (v, _) in found.items()), "numbers": {
+        "gaps": {n: g for n, (_, g) in found.items()}, "cosine": {name: {layer: interval(x) for layer, x in v.items()} for name, v in cos.items()}}}
+
+def directions(model, seed):
+    """Two random directions of every matrix in the blocks, each row scaled to the norm of the weights' row ("per filter", 1712.09913)."""
+    g, out = torch.Generator().manual_seed(seed), []
+    for _ in range(2):
+        d = {m.name: torch.randn(m.weight.shape, generator=g).to(m.weight) for m in model.modules() if isinstance(m, meta.Linear)}
+        out.append({m.name: d[m.name] * m.weight.detach().norm(dim=1, keepdim=True) / d[m.name].norm(dim=1, keepdim=True) for m in model.modules() if isinstance(m, meta.Linear)})
+    return out
+
+@torch.no_grad()
+def surface(model, ids, targets, plane, points, fast=None, size=1024, **kw):
+    """L_q (mean NLL, nats) of every row at theta + a d1 + b d2, (a, b) = points[row], plane = (d1, d2): {layer: (out, in)}, or (n, out, in) for the
+    last n positions, each with weights of its own (in = 1: a bias). Nothing is added to weights and taken away again: every row carries its own point."""
+    out = []
+    for i in range(0, len(points), size):
+        a = points[i:i + size]
+        def hook(name, x, y):
+            y = y if fast is None else fast(name, x, y)
+            for k, d in enumerate(plane):
+                if name in d:
+                    n = d[name].size(0) if d[name].ndim == 3 else x.size(1)
+                    move = x @ d[name].T if d[name].ndim == 2 else d[name][..., 0] if d[name].size(-1) == 1 else torch.einsum("bti,toi->bto", x[:, -n:], d[name])
+                    y = torch.cat((y[:, :-n], y[:, -n:] + a[:, k, None, None] * move), 1)
+            return y
+        part = {k: v[i:i + size] for k, v in kw.items()}
+        out.append(model.nll(ids[i:i + size], targets[i:i + size], hook=hook, **part).sum(1) / (targets[i:i + size] >= 0).sum(1))
+    return torch.cat(out)
+
+def principal(path):
+    """A path of weights (points, parameters), the first of them 0 = theta -> (two orthonormal directions through theta, coordinates
+    (points, 2), share of the path's squared length that they hold)."""
+    u, s, _ = torch.linalg.svd(path @ path.T)
+    s = s.clamp(min=0).sqrt()
+    d = (u[:, :2] / s[:2].clamp(min=1e-12)).T @ path
+    return d, path @ d.T, float(s[:2].square().sum() / s.square().sum())
+
+def queries(model, qs, ts):
+    """Rows `<think> t </think> a <eos>` -> (ids, targets of the answer). t = '' asks without a trajectory."""
+    rows = [(text.prompt(q.text, t), tail_of(q)[1:]) for q, t in zip(qs, ts)]
+    T = max(len(h) + len(a) for h, a in rows)
+    ids = torch.tensor([h + a + [text.PAD] * (T - len(h) - len(a)) for h, a in rows], device=model.head.weight.device)
+    targets = torch.tensor([[text.IGNORE] * len(h) + a + [text.IGNORE] * (T - len(h) - len(a)) for h, a in rows], device=model.head.weight.device)
+    return ids[:, :-1], targets[:, 1:]
+
+def landscape_margins(loss):
+    """{condition: (centre, ring)}, a number a question: with its trajectory L_q is lower than without and than with another question's, and still
+    lower on a ring around theta than at theta without one."""
+    (without, _), (centre, ring), (other, _) = loss["without"], loss["context"], loss["other"]
+    return {"without - in context, at theta": without - centre, "another's - in context, at theta": other - centre, "without, at theta - in context, on the ring": without - ring}
+
+def landscape(c, model):
+    """The answer's loss over two directions around theta: without the trajectory, with it, around theta' (Figs. 2, 12-16), and the real path.
+
+    Supported if, over questions, the trajectory in context lowers L_q at theta more than another question's does, and so far that all around,
+    on a ring of radius 0.25 along filter-normalised random directions, it stays below L_q at theta without a trajectory: 95 % intervals above
+    0; refuted if one lies below 0; else inconclusive. The drawn paths are parameter motions, projected on their own two principal directions
+    through theta: the exact patches as tokens enter the context, and the inner loop's theta'_i."""
+    if c.grid % 2 == 0:
+        train.fail(f"--grid={c.grid} is even, and an even grid does not hold theta itself: take {c.grid + 1}")
+    qs, ts, others, title = rows_of(c)
+    device, plane = model.head.weight.device, directions(model, c.seed)
+    angle = torch.arange(8, device=device) * (2 * np.pi / 8)
+    ring = torch.cat((torch.zeros(1, 2, device=device), 0.25 * torch.stack((angle.cos(), angle.sin()), 1)))
+    loss = {}
+    for name, t in (("without", [""] * len(qs)), ("context", ts), ("other", others)):
+        ids, targets = queries(model, qs, t)
+        L = surface(model, ids.repeat_interleave(9, 0), targets.repeat_interleave(9, 0), plane, ring.repeat(len(qs), 1)).view(-1, 9).cpu().numpy()
+        loss[name] = L[:, 0], L[:, 1:].mean(1)
+    verdict, gaps = decide(landscape_margins(loss))
+    numbers = {"gaps": gaps, "L_q": {name: {"at theta": interval(a), "on the ring": interval(b)} for name, (a, b) in loss.items()}}
+
+    e = c.seed % len(qs)                                                    # the question that is drawn
+    side = torch.linspace(-0.5, 0.5, c.grid, device=device)
+    def sheet(m, ids, targets, plane, a, b, fast=None, **kw):
+        points = torch.stack(torch.meshgrid(a, b, indexing="xy"), -1).view(-1, 2)
+        spread = lambda v: v.expand(len(points), *v.shape[1:])
+        return surface(m, spread(ids), spread(targets), plane, points, fast, **{k: spread(v) for k, v in kw.items()}).view(len(b), len(a)).cpu().numpy()
+    sheets = {"no trajectory": sheet(model, *queries(model, [qs[e]], [""]), plane, side, side),
+              "trajectory in context": sheet(model, *queries(model, [qs[e]], [ts[e]]), plane, side, side)}
+    around = lambda coordinates: [torch.linspace(float(lo - 0.35 * (hi - lo)), float(hi + 0.35 * (hi - lo)), c.grid, device=device) for lo, hi in
+                                  ((v.min(), v.max() + 1e-6) for v in coordinates.T)]
+    T, paths = len(ts[e]), {}
+    heads, t, tails = as_ids([qs[e]] * (T + 1), [ts[e]] * (T + 1))
+    found, *_ = exact_patches(model, heads, t, tails, list(range(T + 1)), bias=True)
+    matrices = [(p[..., None] * z[..., None, :] / z.square().sum(-1)[..., None, None].clamp(min=1e-30)) for p, z in found.values()]             # (T + 1, n, out, in)
+    d, at, held = principal(torch.cat([m.flatten(1) for m in matrices], 1))
+    pieces = [x.split([m[0].numel() for m in matrices]) for x in d]
+    ids, pos, n, _, mask = layout(model, heads[:1], t[:1], tails[:1])
+    target = torch.full_like(ids, text.IGNORE)
+    target[0, -n:] = torch.tensor(tails[0][1:])
+    where = [{name: v.view(m.shape[1:]) for name, v, m in zip(found, part, matrices)} for part in pieces]
+    paths["implicit: the exact patches"] = sheet(model, ids, target, where, *around(at), pos=pos, mask=mask(torch.zeros_like(ids[:, 0]))), around(at), at, held
+    if (Path(c.meta) / "ckpt.pt").exists():
+        m, inner, state = meta.load_meta(Path(c.meta) / "ckpt.pt", device)
+    if (Path(c.meta) / "ckpt.pt").exists() and state["config"]["algo"] != "none":
+        path = [torch.zeros(1, device=device)]
+        for i in range(1, T + 1):
+            support, _ = meta.tensors([meta.Task(qs[e], [ts[e][:i]])], device)
+            moved = meta.theta_prime(m, inner, [(support.ids, support.inner)], create_graph=False)
+            path.append(torch.cat([(w - m.get_parameter(p)).detach().flatten() for p, w in moved.items()]))
+        path[0] = torch.zeros_like(path[1])
+        shapes = [m.get_parameter(p).shape for p in moved]
+        d, at, held = principal(torch.stack(path))
+        where = [{name: v.view(s) for name, v, s in zip(inner.names, x.split([s.numel() for s in shapes]), shapes)} for x in d]
+        ask = queries(m, [qs[e]], [""])
+        paths[r"explicit: $\theta'_i$ of the inner loop"] = sheet(m, *ask, where, *around(at)), around(at), at, held
+        support, _ = meta.tensors([meta.Task(qs[e], [ts[e]])], device)
+        fast, _ = meta.adapt(m, inner, [(support.ids, support.inner)], 1, order=1)
+        sheets[r"around $\theta'$, trajectory in the weights"] = sheet(m, *ask, directions(m, c.seed), side, side, fast)
+
+    top = 2.5 * max(0.1, sheets["no trajectory"][c.grid // 2, c.grid // 2])
+    fig = plt.figure(figsize=(12, 7))
+    axes = fig.subplot_mosaic([["s0", "s1", "s2"], ["3d", "p0", "p1"]], per_subplot_kw={"3d": {"projection": "3d"}})
+    lines = np.linspace(0, top, 15)
+    for ax, (name, s) in zip((axes["s0"], axes["s1"], axes["s2"]), sheets.items()):
+        shade = ax.contourf(side.cpu(), side.cpu(), np.minimum(s, top), lines, cmap="cividis")
+        ax.plot(0, 0, "P", color="white", markersize=8, markeredgecolor="black")
+        ax.set(title=name, xlabel="filter norms along direction 1", ylabel="direction 2")
+    fig.colorbar(shade, ax=axes["s2"], label="$L_q$ (nats a token)", shrink=0.8)
+    x, y = np.meshgrid(side.cpu(), side.cpu())
+    first, second = list(sheets.values())[:2]
+    axes["3d"].plot_surface(x, y, np.minimum(first, top), cmap="cividis", alpha=0.9, linewidth=0, vmin=0, vmax=top)
+    axes["3d"].plot_wireframe(x, y, np.minimum(second, top), color=COLOURS["wrong"], linewidth=0.4, rcount=16, ccount=16)
+    axes["3d"].set(title="without (surface), in context (wires)", zlim=(0, top), zlabel="$L_q$")
+    axes["3d"].view_init(22, -60)
+    for ax, (name, (s, (a, b), at, held)) in zip((axes["p0"], axes["p1"]), paths.items()):
+        high = max(float(np.quantile(s, 0.95)), 1e-3)
+        shade = ax.contourf(a.cpu(), b.cpu(), np.minimum(s, high), np.linspace(0, high, 15), cmap="cividis")
+        at = at.cpu().numpy()
+        ax.plot(*at.T, "-", color="white", linewidth=2.4)
+        ax.plot(*at.T, "o-", color=COLOURS["wrong"], markersize=3.5, linewidth=1)
+        ax.plot(*at[0], "P", color="white", markersize=9, markeredgecolor="black")
+        ax.plot(*at[-1], "*", color="white", markersize=13, markeredgecolor="black")
+        ax.set(title=f"{name}\n{held:.0%} of the path's length²", xlabel="principal direction 1", ylabel="2")
+        fig.colorbar(shade, ax=ax, label="$L_q$", shrink=0.8)
+    for name, ax in axes.items():
+        if name in ("s0", "s1", "s2", "p0", "p1") and not ax.has_data():
+            ax.text(0.5, 0.5, f"needs a run of meta.py\nin {c.meta}", ha="center", va="center", transform=ax.transAxes)
+            ax.set_axis_off()
+    fig.suptitle(f"{qs[e].text} = {qs[e].answer}   (+: $\\theta$, star: after the whole trajectory)", fontsize=10)
+    numbers |= {"drawn": qs[e].text, "share of squared length in the plane": {name.split(":")[0]: round(p[3], 3) for name, p in paths.items()},
+                "path": {name.split(":")[0]: np.round(p[2].cpu().numpy(), 4).tolist() for name, p in paths.items()},
+                "sheets": {name: np.round(s, 3).tolist() for name, s in sheets.items()}}
+    return fig, {"claim": "Figs. 2, 12-16: along the trajectory the model moves into a low and wide basin of the answer's loss", "verdict": verdict, "numbers": numbers}
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens, delimiter, length
+
+def classes(think):
+    """The kind of every token of a trajectory: operand, operator, result, end (of a step), slip, W (with its correction)."""
+    out = []
+    for j, part in enumerate(think.split(";")):
+        tries = part.split("W")
+        for k, piece in enumerate(tries):
+            left, eq, right = piece.partition("=")
+            kind = "W" if k else None
+            out += [kind or ("operand" if c in "0123456789" else "operator") for c in left] + [kind or "operator"] * len(eq)
+            out += [kind or ("slip" if len(tries) > 1 else "result")] * len(right) + ["W"] * (k + 1 < len(tries))
+        out.append("end")
+    return out[:-1]
+
+def token_margins(curves, kinds, kind, bins=5):
+    """How much more L_hat falls at tokens of a kind than at others in the same fifth of their trajectory, a number a question that has both."""
+    rows = [(j, b * bins // len(k), k[b], v[b] - v[b + 1]) for j, (v, k) in enumerate(zip(curves, kinds)) for b in range(len(k))]
+    level = {b: np.mean([fall for _, at, name, fall in rows if at == b and name != kind] or [np.nan]) for b in range(bins)}
+    own = {}
+    for j, at, name, fall in rows:
+        if name == kind and np.isfinite(level[at]):
+            own.setdefault(j, []).append(fall - level[at])
+    return np.array([np.mean(v) for v in own.values()])
+
+def tokens(c, model):
+    """Do tokens play different roles, reflection tokens above all (C6, Fig. 6)? Signed one-step falls of L_hat by kind of token.
+
+    Roles: supported if results make L_hat fall more than other tokens in the same fifth of the trajectory. Reflection: supported if `W` and its
+    correction do; only where the run was trained on `reflect` trajectories, since others never saw a W. 95 % intervals over questions above 0;
+    refuted if below 0. Beside it the official notebook's ratio |L_{i+1} - L_{i-1}| / L_{i-1}, two steps against an average over one."""
+    domain, k = cells_of(c.cells or "expr:4")[0]
+    qs, _, _, title = rows_of(c)
+    style = train.load(Path(c.sft) / "ckpt.pt")["config"]["style"]
+    reflects, rng = "reflect" in style, random.Random(f"{c.seed}/tokens")
+    ts = [";".join(arithmetic.steps(q, rng, "reflect" if reflects else "long")[0]) for q in qs]
+    curves, kinds = curves_of(model, qs, ts), [classes(t) for t in ts]
+    found = {"roles": decide({"result": token_margins(curves, kinds, "result")})}
+    if reflects:
+        found["reflection"] = decide({"W": token_margins(curves, kinds, "W")})
+    falls, ratios = {}, {}
+    for v, ks in zip(curves, kinds):
+        for i, name in enumerate(ks):
+            falls.setdefault(name, []).append(v[i] - v[i + 1])
+            if 0 < i < len(ks):
+                ratios.setdefault(name, []).append((abs(v[i + 1] - v[i]) / max(v[i], 1e-6), abs(v[i + 1] - v[i - 1]) / max(v[i - 1], 1e-6)))
+    everything = np.array([x for r in ratios.values() for x in r])
+    artefact = {name: {"one step": float(np.median(np.array(r)[:, 0])), "two steps": float(np.median(np.array(r)[:, 1])),
+                       "mean, two steps / all, one step": float(np.array(r)[:, 1].mean() / everything[:, 0].mean())} for name, r in ratios.items()}
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    order = [n for n in ("operand", "operator", "result", "end", "slip", "W") if n in falls]
+    for i, name in enumerate(order):
+        whisker(axes[0], i, interval(falls[name]), COLOURS["wrong" if name == "W" else "correct" if name == "result" else "filler"])
+        for j, key in enumerate(("one step", "two steps")):
+            axes[1].bar(i + 0.36 * (j - 0.5), artefact.get(name, {}).get(key, 0), 0.34, color=COLOURS[("correct", "other")[j]], label=key if i == 0 else None)
+    for ax in axes:
+        ax.set_xticks(range(len(order)), [{"W": "W and its\ncorrection", "end": "end (;)"}.get(n, n) for n in order])
+    axes[0].axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+    axes[0].set(ylabel=r"fall of $\hat{L}$ at the token (nats)", title=title)
+    axes[1].set(ylabel=r"median $|\Delta\hat{L}| / \hat{L}$", title="the notebook's ratio, spanning one step or two")
+    axes[1].legend()
+    return fig, {"claim": "C6: tokens play different roles; reflection tokens take large steps",
+                 "verdict": "; ".join(f"{n}: {v}" for n, (v, _) in found.items()) + ("" if reflects else "; reflection: not tested (no `W` in this run's training)"),
+                 "numbers": {"falls beyond position-matched tokens": {n: g for n, (_, g) in found.items()}, "falls": {n: interval(v) for n, v in falls.items()},
+                             "tokens": {n: len(v) for n, v in falls.items()}, "notebook's ratio, median": artefact}}
+
+def delimiter_margins(loss, empty, forced, goes_on):
+    """A number a question each, over places before the last result: L_hat with `</think>` forced there, L_hat of `<think></think>`; right when cut
+    short, right when going on."""
+    return {"L of <think></think> - cut short": empty - loss, "accuracy going on - cut short": goes_on - forced}
+
+def delimiter(c, model):
+    """Is `</think>` a step of momentum: faster, perhaps to a worse place (C7, Fig. 5)? It is forced along the model's own trajectory.
+
+    Supported if, on average over places before the last result, an answer forced there has a lower loss than after `<think></think>` (the
+    thinking so far was of use at once), and costs accuracy against thinking on: 95 % intervals over questions above 0; refuted if
+    one lies below 0; else inconclusive. Entropy: of the answer's first token. (The answer without any `</think>` would only measure form.)"""
+    qs, _, _, title = rows_of(c)
+    own = [t for t, _ in train.respond(model, qs)]
+    pairs = [(q, t) for q, t in zip(qs, own) if len(t) > 4]
+    if not pairs:
+        train.fail(f"{c.sft}: this model writes no trajectories to cut short")
+    qs, own = [q for q, _ in pairs], [t for _, t in pairs]
+    places = [[round(f * len(t)) for f in np.linspace(0, 1, 11)] for t in own]
+    flat = [(q, t[:i]) for q, t, at in zip(qs, own, places) for i in at]
+    fq, ft = [q for q, _ in flat], [t for _, t in flat]
+    shape = lambda v: np.array(v, dtype=float).reshape(len(qs), 11)
+    size, rows = 1024, {"loss": [], "entropy": []}
+    with torch.no_grad():
+        for i in range(0, len(flat), size):
+            part = slice(i, i + size)
+            ids, targets = queries(model, fq[part], ft[part])
+            h = model(ids)
+            rows["loss"] += (model.score(h, targets).sum(1) / (targets >= 0).sum(1)).tolist()
+            at = (targets >= 0).int().argmax(1)                             # </think> stands there, the answer's first token is its target
+            p = model.logits(h[torch.arange(len(h)), at]).log_softmax(-1)
+            rows["entropy"] += (-(p.exp() * p).sum(-1)).tolist()
+        forced = [arithmetic.verify(q, a) for q, a in zip(fq, meta.answers(model, fq, ft, where="in_context", size=size))]
+        on = []
+        for i in range(0, len(flat), size):
+            heads = [text.prompt(q.text) + text.encode(t) for q, t in flat[i:i + size]]
+            for q, row in zip(fq[i:i + size], model.generate(heads, text.EOS, 64, pad=text.PAD)):
+                on.append(arithmetic.verify(q, text.decode(row[row.index(text.END_THINK) + 1:]) if text.END_THINK in row else ""))
+    m = {k: shape(v) for k, v in (rows | {"forced": forced, "on": on}).items()}
+    early = shape([int(i < (t.rfind("=") + 1)) for t, at in zip(own, places) for i in at])
+    mean = lambda v: (v * early).sum(1) / early.sum(1)
+    verdict, gaps = decide(delimiter_margins(mean(m["loss"]), m["loss"][:, 0], mean(m["forced"]), mean(m["on"])))
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.3))
+    x = np.linspace(0, 1, 11)
+    for ax, keys in zip(axes, (("loss",), ("forced", "on"), ("entropy",))):
+        for key in keys:
+            centre, low, high = bootstrap(m[key], n=500)
+            label, colour = {"loss": ("</think> forced here", "wrong"), "forced": ("</think> forced here", "wrong"),
+                             "on": ("thinking on from here", "correct"), "entropy": ("</think> forced here", "wrong")}[key]
+            ax.plot(x, centre, "o-", markersize=3, color=COLOURS[colour], label=label)
+            ax.fill_between(x, low, high, color=COLOURS[colour], alpha=0.2, linewidth=0)
+        ax.set(xlabel="fraction of the model's own trajectory", ylim=(0, None))
+    axes[0].axhline(m["loss"][:, 0].mean(), color=COLOURS["filler"], linestyle="--", linewidth=1, label="<think></think>")
+    axes[0].legend()
+    axes[1].legend(loc="center left")
+    axes[0].set(ylabel=r"$\hat{L}$ (nats a token)", title=title)
+    axes[1].set(ylabel="exact match", ylim=(0, 1.15))
+    axes[2].set(ylabel="entropy of the answer's first token (nats)")
+    return fig, {"claim": "C7: the end-of-thinking delimiter acts like momentum, towards a local optimum", "verdict": verdict, "numbers": {
+        "gaps": gaps, "by fraction": {k: np.round(v.mean(0), 4).tolist() for k, v in m.items()}}}
+
+def prune_margins(right):
+    """{how: right or not, a question}: the oracle's short one is as good as the whole within 5 points; deletion by |change| beats random deletion
+    at as many steps; and still does when the last result is cut off, so that it is not the answer's standing there that counts."""
+    return {"short - own + 0.05": right["oracle short"] - right["own"] + 0.05, "least change - random": right["least change"] - right["random"],
+            "least change - random, last result cut": right["least change, cut"] - right["random, cut"]}
+
+def prune(c, model):
+    """Has a long trajectory a short equivalent (C11, Fig. 11)? Steps of the model's own trajectory are deleted until one or two are left.
+
+    Ways: the oracle's `short` one; greedy deletion of the step with the least |change of L_hat|; random deletion; truncation from the end (budget
+    forcing). Each also with its last result cut off (leak control). Supported if the short one is as good as the whole (within 5
+    points), and greedy deletion (to half the steps) beats random deletion, with and without the last result: 95 % intervals over
+    questions above 0; refuted if one lies below 0; else inconclusive."""
+    qs, _, _, title = rows_of(c, "sum:5")
+    rng = random.Random(f"{c.seed}/prune")
+    own = [t for t, _ in train.respond(model, qs)]
+    pairs = [(q, t.split(";")) for q, t in zip(qs, own) if t.count("=") == q.operands - 1 == t.count(";") + 1]
+    if not pairs:
+        train.fail(f"{c.sft}: this model writes no trajectories of an operation a step to shorten")
+    qs, steps = [q for q, _ in pairs], [s for _, s in pairs]
+    size, curves = len(steps[0]), curves_of(model, qs, [";".join(s) for s in steps])
+    half, ways = size // 2, {}
+    for left in range(size, -1, -1):
+        kept = {"least change": [], "random": [], "truncated": []}
+        for s, v in zip(steps, curves):
+            ends = np.cumsum([0] + [len(x) + 1 for x in s])
+            ends[-1] -= 1
+            change = [abs(v[ends[j + 1]] - v[ends[j]]) for j in range(size)]
+            best = sorted(np.argsort(change)[size - left:])
+            kept["least change"].append(";".join(s[j] for j in best))
+            kept["random"].append(";".join(s[j] for j in sorted(rng.sample(range(size), left))))
+            kept["truncated"].append(";".join(s[:left]))
+        for way, t in kept.items():
+            ways[way, left] = t
+    ways |= {("own", size): [";".join(s) for s in steps], ("oracle short", 0): [";".join(arithmetic.steps(q, rng, "short")[0]) for q in qs]}
+    right, loss, length = {}, {}, {}
+    for (way, left), t in ways.items():
+        for cut in (False, True):
+            if cut and not all("=" in x for x in t):
+                continue
+            think = [meta.without_results(x, 1) if cut else x for x in t]
+            key = (way + ", cut" * cut, left)
+            got = meta.answers(model, qs, think, where="in_context", size=1024)
+            right[key] = np.array([arithmetic.verify(q, a) for q, a in zip(qs, got)], dtype=float)
+            with torch.no_grad():
+                ids, targets = queries(model, qs, think)
+                loss[key] = (model.nll(ids, targets).sum(1) / (targets >= 0).sum(1)).cpu().numpy()
+            length[key] = float(np.mean([len(x) for x in think]))
+    at = {"own": right["own", size], "oracle short": right["oracle short", 0],
+          **{way + cut: right[way + cut, half] for way in ("least change", "random") for cut in ("", ", cut")}}
+    verdict, gaps = decide(prune_margins(at))
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    marks = {"least change": "weights", "random": "other", "truncated": "wrong", "own": "correct", "oracle short": "theta"}
+    for ax, values, cut in ((axes[0], right, ""), (axes[1], right, ", cut"), (axes[2], loss, "")):
+        for way, colour in marks.items():
+            keys = sorted(k for k in values if k[0] == way + cut)
+            if keys:
+                mean, low, high = zip(*(bootstrap(values[k], n=500) for k in keys))
+                ax.errorbar([length[k] for k in keys], mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", markersize=4, color=COLOURS[colour], label=way)
+        ax.set(xlabel="tokens of the trajectory", xlim=(-1.5, None))
+    axes[0].set(ylabel="exact match", ylim=(-0.03, 1.05), title=title)
+    axes[1].set(ylabel="exact match", ylim=(-0.03, 1.05), title="last result cut off")
+    axes[2].set(ylabel=r"$\hat{L}$ (nats a token)", title="loss, nothing cut off")
+    axes[0].legend(fontsize=8)
+    return fig, {"claim": "C11: a long trajectory has a short equivalent", "verdict": verdict, "numbers": {"gaps": gaps, "questions": len(qs),
+        "exact match": {f"{way}, {left} steps" if way not in ("own", "oracle short") else way: interval(v) for (way, left), v in right.items()},
+        "tokens": {f"{way}, {left} steps": round(v, 1) for (way, left), v in length.items()}}}
+
+
 ARMS = {"maml": "", "fomaml": "--algo=fomaml", "reptile": "--algo=reptile --alpha=0.1", "anil": "--algo=anil", "none": "--algo=none",
         "none, detached": "--algo=none --context_grad=detached"}
 
@@ -468,19 +1070,6 @@ def train_arms(c, arms):
     train.QUIET = False
     return {name: [stages(c, arm, seed)[-1][1] for seed in range(c.seeds)] for name, arm in arms.items()}
 
-def cells_of(spec):
-    """'expr:3,4 sum:5' -> [(domain, operands)]. ValueError where there is no such cell."""
-    out = []
-    for part in spec.split():
-        domain, _, counts = part.partition(":")
-        for k in counts.split(","):
-            if domain not in train.CELLS or not k.isdigit() or int(k) not in train.CELLS[domain]:
-                raise ValueError(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as expr:3,4")
-            out.append((domain, int(k)))
-    if not out:
-        raise ValueError("--cells is empty: name some, such as 'expr:3,4 sum:5'")
-    return out
-
 def evaluate(c, folder, cells, n=32, k=8):
     """A run on held-out questions -> {cell: {exact, pass, mg: list, a number a question}}, kept beside the run.
 
@@ -507,13 +1096,7 @@ def evaluate(c, folder, cells, n=32, k=8):
 
 METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights": r"exact match of $\theta'$"}
 
-def crossed(v):
-    """[mean, low, high] of (seeds, questions) values: the bootstrap resamples both."""
-    v, rng = np.asarray(v, dtype=float), np.random.default_rng(0)
-    draws = [v[np.ix_(rng.integers(0, len(v), len(v)), rng.integers(0, v.shape[1], v.shape[1]))].mean() for _ in range(1000)]
-    return [round(float(x), 4) for x in (v.mean(), *np.quantile(draws, (0.025, 0.975)))]
-
-def contest(c, arms, cells="expr:3,4"):
+def contest(c, arms, cells="expr:3,4", n=32):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
     try:
         cells = cells_of(c.cells or cells)
@@ -521,7 +1104,7 @@ def contest(c, arms, cells="expr:3,4"):
         train.fail(e)
     scores, numbers = {}, {}
     for name, folders in train_arms(c, arms).items():
-        rows = [evaluate(c, f, cells) for f in folders]
+        rows = [evaluate(c, f, cells, n) for f in folders]
         metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
         scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
         runs = [[json.loads((s[1] / "summary.json").read_text()) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
@@ -579,14 +1162,6 @@ POOL = "--steps=400 --domains=sum --operands=4"
 SUPPORTS = {**{f"500 questions, {n} each": f"{POOL} --pool=500 --support={n}" for n in (1, 4, 16)}, "2000 questions, 1 each": f"{POOL} --pool=2000 --support=1"}
 UPDATES = {f"{n} of 16, {steps} steps": f"{BASE} | {RL} --warmup=4 --update={n} --steps={steps}" for n, steps in ((16, 24), (4, 24), (2, 24), (4, 96), (2, 192))}
 
-def decide(margins, statistic={}):
-    """Margins {name: a number a question or a run, above 0 where the claim holds} -> (verdict, {name: interval}).
-
-    Supported if every mean (or other statistic) has its 95 % interval above 0, refuted if one lies below 0, else inconclusive.
-    Two axes are seeds and questions, and both are resampled."""
-    gaps = {n: crossed(m) if np.ndim(m) == 2 else interval(m, statistic.get(n, np.mean)) for n, m in margins.items()}
-    return "supported" if all(g[1] > 0 for g in gaps.values()) else "refuted" if any(g[2] < 0 for g in gaps.values()) else "inconclusive", gaps
-
 def methods(c, model=None):
     """SFT, GRPO, SFT then GRPO, SFT then DPO from one base, at about the same seconds (the paper's Table 1, C3 and C4).
 
@@ -618,6 +1193,30 @@ def length(c, model=None):
     gaps["padded short - short"] = crossed(s["padded short"] - s["short"])
     return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds"), {
         "claim": "C5: longer trajectories are more inner steps, and better", "verdict": verdict, "numbers": {"arms": numbers, "gaps": gaps}}
+
+def generalize(c, model=None):
+    """Do trajectories generalise within and across domains (C8, Fig. 7)? The runs of `methods` and one trained to answer directly, on unseen
+    operand pairs, more operands than trained, and a domain never seen.
+
+    A cell group is supported if SFT with trajectories beats both the base and direct answers there: exact match over seeds and
+    questions, 95 % intervals above 0; refuted if one lies below 0; else inconclusive."""
+    arms = {"direct answers": f"{SFT}=1100 --direct=1 --cut=0"} | {a: METHODS[a] for a in ("base", "SFT", "GRPO", "SFT, then GRPO")}
+    groups = {"trained sizes": "expr:3,4", "unseen pairs": "expr:2", "more operands": "expr:5,6", "new domain": "diff:3,4"}
+    fig, axes = plt.subplots(1, len(groups), figsize=(12, 3), sharey=True)
+    found, numbers = {}, {}
+    for ax, (group, cells) in zip(axes, groups.items()):
+        scores, rows = contest(replace(c, cells=cells), arms, n=8)
+        found[group] = decide({f"SFT - {a}": scores["SFT"]["exact"] - scores[a]["exact"] for a in ("base", "direct answers")})
+        numbers[group] = {"exact match": {a: r["exact"] for a, r in rows.items()}, "by cell": {a: r["by_cell"] for a, r in rows.items()}, "gaps": found[group][1]}
+        for i, (a, r) in enumerate(rows.items()):
+            mean, low, high = r["exact"]
+            ax.barh(i, mean, 0.7, color=PALETTE[i])
+            ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
+            ax.plot(scores[a]["exact"].mean(1), [i] * c.seeds, ".", color="#333333", markersize=3)
+        ax.set(title=f"{group} ({cells})", xlabel="exact match", xlim=(0, 1))
+    axes[0].set_yticks(range(len(arms)), list(arms))
+    axes[0].invert_yaxis()
+    return fig, {"claim": "C8: trajectories generalise within and across domains", "verdict": "; ".join(f"{g}: {v}" for g, (v, _) in found.items()), "numbers": numbers}
 
 def support(c, model=None):
     """More trajectories a question: distinct ones in SFT at as many samples (C9), more of a group in GRPO's gradient (C10).
@@ -724,9 +1323,10 @@ def speed(c, model):
     ax.minorticks_off()
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
 
-ALONE = {"compare": compare, "methods": methods, "length": length, "support": support}                                                # these train what they need
-EXPERIMENTS = {"curve": curve, "explicit": explicit, "order": order, "speed": speed} | ALONE
-TOUR = ("curve", "explicit")                                                # what runs unasked; the others only when they are named
+ALONE = {"compare": compare, "methods": methods, "length": length, "generalize": generalize, "support": support}                                                # these train what they need
+EXPERIMENTS = {"curve": curve, "explicit": explicit, "patch": patch, "gradient": gradient, "landscape": landscape, "tokens": tokens, "delimiter": delimiter,
+               "prune": prune, "order": order, "speed": speed} | ALONE
+TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimiter", "prune")            # what runs unasked; the others only when they are named
 
 
 
@@ -757,7 +1357,7 @@ def report(c):
         if path.exists():
             r = json.loads(path.read_text())
             lines += [f"## {name}: {r['verdict']}", "", r["claim"], "", f"![{name}](figures/{name}.png)", "", f"Criterion: {r['criterion']}", "", "```",
-                      *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k != "mean_curves"), "```", ""]
+                      *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k not in ("mean_curves", "sheets", "path")), "```", ""]
         else:
             lines += [f"## {name}: not run", ""]
     train.write(Path(c.out) / "report.md", "\n".join(lines))
