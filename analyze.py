@@ -10,6 +10,7 @@ import json
 import random
 import re
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -763,7 +764,8 @@ def landscape(c, model):
             ax.set_axis_off()
     fig.suptitle(f"{qs[e].text} = {qs[e].answer}   (+: $\\theta$, star: after the whole trajectory)", fontsize=10)
     numbers |= {"drawn": qs[e].text, "share of squared length in the plane": {name.split(":")[0]: round(p[3], 3) for name, p in paths.items()},
-                "path": {name.split(":")[0]: np.round(p[2].cpu().numpy(), 4).tolist() for name, p in paths.items()},
+                "paths": {name.split(":")[0]: {"sheet": np.round(s, 3).tolist(), "axes": [np.round(v.cpu().numpy(), 4).tolist() for v in axes_], "path": np.round(at.cpu().numpy(), 4).tolist()}
+                          for name, (s, axes_, at, _) in paths.items()},
                 "sheets": {name: np.round(s, 3).tolist() for name, s in sheets.items()}}
     return fig, {"claim": "Figs. 2, 12-16: along the trajectory the model moves into a low and wide basin of the answer's loss", "verdict": verdict, "numbers": numbers}
 
@@ -1156,8 +1158,8 @@ RL = "--method=grpo --domains=expr --operands=3,4"
 SFT = "--domains=expr --steps"
 METHODS = {"base": BASE, "SFT": f"{BASE} | {SFT}=600", "GRPO": f"{BASE} | {RL} --steps=70", "SFT, then GRPO": f"{BASE} | {SFT}=300 | {RL} --steps=35",
            "SFT, then DPO": f"{BASE} | {SFT}=300 | --method=dpo --domains=expr --operands=3,4 --steps=40"}
-LENGTHS = {"short": "--steps=400 --domains=expr --operands=3,4 --style=short", "long": "--steps=400 --domains=expr --operands=3,4",
-           "padded short": "--steps=400 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=490 --domains=expr --operands=3,4 --style=short"}
+LENGTHS = {"short": "--steps=300 --domains=expr --operands=3,4 --style=short", "long": "--steps=300 --domains=expr --operands=3,4",
+           "padded short": "--steps=300 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=368 --domains=expr --operands=3,4 --style=short"}
 POOL = "--steps=400 --domains=sum --operands=4"
 SUPPORTS = {**{f"500 questions, {n} each": f"{POOL} --pool=500 --support={n}" for n in (1, 4, 16)}, "2000 questions, 1 each": f"{POOL} --pool=2000 --support=1"}
 UPDATES = {f"{n} of 16, {steps} steps": f"{BASE} | {RL} --warmup=4 --update={n} --steps={steps}" for n, steps in ((16, 24), (4, 24), (2, 24), (4, 96), (2, 192))}
@@ -1200,7 +1202,7 @@ def generalize(c, model=None):
 
     A cell group is supported if SFT with trajectories beats both the base and direct answers there: exact match over seeds and
     questions, 95 % intervals above 0; refuted if one lies below 0; else inconclusive."""
-    arms = {"direct answers": f"{SFT}=1100 --direct=1 --cut=0"} | {a: METHODS[a] for a in ("base", "SFT", "GRPO", "SFT, then GRPO")}
+    arms = {"direct answers": f"{SFT}=1100 --direct=1 --cut=0"} | {a: METHODS[a] for a in ("base", "SFT", "GRPO")}
     groups = {"trained sizes": "expr:3,4", "unseen pairs": "expr:2", "more operands": "expr:5,6", "new domain": "diff:3,4"}
     fig, axes = plt.subplots(1, len(groups), figsize=(12, 3), sharey=True)
     found, numbers = {}, {}
@@ -1344,22 +1346,70 @@ def run(name, c, model=None, state=None):
     print(f"{name}: {result['verdict']} ({result['seconds']} s)   {folder / name}.png")
     return result
 
+def results(c):
+    """{experiment: what it left on disk}, in the order of the README."""
+    paths = {name: Path(c.out) / "figures" / f"{name}.json" for name in EXPERIMENTS}
+    return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+
+def poster(c, found):
+    """One page to project: the two readings of a trajectory side by side, the landscape with its path, accuracies, the claims in a few words."""
+    fig = plt.figure(figsize=(14, 9))
+    axes = fig.subplot_mosaic([["curves", "implicit", "explicit"], ["bars", "claims", "claims"]], height_ratios=(1, 1.15))
+    if "explicit" in found:
+        n = found["explicit"]["numbers"]
+        for kind, label, colour in (("context", "in the context", "correct"), ("weights", r"in the weights, $\theta'_i$", "weights"), ("other", "another question's, in the weights", "other")):
+            axes["curves"].plot(GRID, n["mean_curves"][kind], color=COLOURS[colour], label=label, linewidth=2.2)
+        axes["curves"].set(title="one trajectory, two places: the answer's loss as it is read", xlabel="fraction of the trajectory read", ylabel="answer's NLL (nats a token)", ylim=(0, None))
+        axes["curves"].legend()
+        shown = {"whole": "whole", "cut": "last result\ncut off", "cut2": "last two\ncut off", "other": "another\nquestion's"}
+        for j, (where, label, colour) in enumerate((("theta", r"$\theta$, no trajectory", "theta"), ("theta_prime", r"$\theta'$, in the weights", "weights"), ("in_context", "in the context", "correct"))):
+            for i, name in enumerate(shown):
+                whisker(axes["bars"], i + (j - 1) * 0.27, n["exact_match"][name][where], COLOURS[colour], width=0.25, label=label if i == 0 else None)
+        axes["bars"].set_xticks(range(len(shown)), list(shown.values()))
+        axes["bars"].set(title="exact match after a trajectory that is ...", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
+        axes["bars"].legend(ncols=2, loc="upper center", fontsize=8)
+    for name, p in found.get("landscape", {}).get("numbers", {}).get("paths", {}).items():
+        s, at = np.array(p["sheet"]), np.array(p["path"])
+        high = max(float(np.quantile(s, 0.95)), 1e-3)
+        axes[name].contourf(*p["axes"], np.minimum(s, high), np.linspace(0, high, 15), cmap="cividis")
+        axes[name].plot(*at.T, "o-", color=COLOURS["wrong"], markersize=3.5, linewidth=1.2)
+        axes[name].plot(*at[0], "P", color="white", markersize=11, markeredgecolor="black")
+        axes[name].plot(*at[-1], "*", color="white", markersize=16, markeredgecolor="black")
+        axes[name].set(title={"implicit": "its path in the context: exact patches", "explicit": r"its path in the weights: $\theta'_i$"}[name], xlabel=r"$L_q$ over the path's principal directions; + $\theta$, star: end", xticks=[], yticks=[])
+    axes["claims"].set_axis_off()
+    ink = {"supported": "#009E73", "refuted": "#D55E00"}
+    rows = [(name, r) for name, r in found.items() if r["verdict"] != "measured"]
+    for i, (name, r) in enumerate(rows):
+        y = 1 - (i + 0.5) / max(1, len(rows))
+        words = {w for w in ("supported", "refuted", "inconclusive") if w in r["verdict"]}
+        axes["claims"].text(0, y, name, weight="bold", va="center")
+        axes["claims"].text(0.11, y, textwrap.fill(r["claim"], 78), va="center", fontsize=8)
+        axes["claims"].text(0.67, y, textwrap.fill(r["verdict"], 52), va="center", fontsize=8, color=ink.get(*words, "#333333") if len(words) == 1 else "#333333")
+    fig.suptitle("Reasoning as an inner loop: the same trajectory in the context and in the weights (after arXiv 2505.19815)", fontsize=13)
+    fig.savefig(Path(c.out) / "figures" / "poster.png")
+    plt.close(fig)
+
 def report(c):
-    """OUT/report.md from whatever stands on disk."""
-    lines = ["# Report", ""]
-    summary = Path(c.sft) / "summary.json"
-    if summary.exists():
-        s = json.loads(summary.read_text())
-        lines += [f"Model: {c.sft}, {s['parameters']:,} parameters, {s['steps']} steps, {s['seconds']} s on {s['device']}, revision {s['revision']}.",
-                  "", "Exact match on held-out questions:", "", "```", train.show_table(s["exact_match"]), "```", ""]
-    for name in EXPERIMENTS:
-        path = Path(c.out) / "figures" / f"{name}.json"
-        if path.exists():
-            r = json.loads(path.read_text())
-            lines += [f"## {name}: {r['verdict']}", "", r["claim"], "", f"![{name}](figures/{name}.png)", "", f"Criterion: {r['criterion']}", "", "```",
-                      *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k not in ("mean_curves", "sheets", "path")), "```", ""]
-        else:
-            lines += [f"## {name}: not run", ""]
+    """OUT/report.md and figures/poster.png from whatever stands on disk, what was spent, and what was not run."""
+    lines, found, spent = ["# Report", ""], results(c), {}
+    for run in (c.sft, c.meta):
+        summary = Path(run) / "summary.json"
+        if summary.exists():
+            s = json.loads(summary.read_text())
+            spent[run] = s["seconds"]
+            lines += [f"Model: {run}, {s['parameters']:,} parameters, {s['steps']} steps, {s['seconds']} s on {s['device']}, revision {s['revision']}.", ""]
+            if run == c.sft:
+                lines += ["Exact match on held-out questions:", "", "```", train.show_table(s["exact_match"]), "```", ""]
+    spent |= {name: r["seconds"] for name, r in found.items()}
+    lines += [f"Spent: {sum(spent.values()):,.0f} s, of it " + ", ".join(f"{name} {s:,.0f}" for name, s in spent.items()) + ".", ""] if spent else []
+    if found:
+        poster(c, found)
+        lines += ["![poster](figures/poster.png)", ""]
+    for name, r in found.items():
+        lines += [f"## {name}: {r['verdict']}", "", r["claim"], "", f"![{name}](figures/{name}.png)", "", f"Criterion: {r['criterion']}", "",
+                  f"Config: {json.dumps(r['config'])}, revision {r['revision']}, {r['seconds']} s.", "", "```",
+                  *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k not in ("mean_curves", "sheets", "paths")), "```", ""]
+    lines += ["Not run: " + ", ".join(n for n in EXPERIMENTS if n not in found) + ".", ""] if len(found) < len(EXPERIMENTS) else []
     train.write(Path(c.out) / "report.md", "\n".join(lines))
     print(f"report: {Path(c.out) / 'report.md'}")
 
