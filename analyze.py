@@ -15,15 +15,73 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import torch
-from tqdm import tqdm
+from data import arithmetic
+from data.flags import fail, flags
 
-import meta
-import train
-from data import arithmetic, text
+TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimiter", "prune")            # what runs unasked, on a trained model
+TRAINING = ("compare", "methods", "length", "generalize", "support")        # these train what they need
+NAMES = (*TOUR, "order", "speed", *TRAINING, "report")
 
+
+@dataclass
+class Analyze:
+    """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
+    sft: str = "out/sft"            # the run of train.py to look at, trained first if it is missing
+    meta: str = "out/meta"          # the run of meta.py to look at, trained first if it is missing
+    out: str = "out"                # figures go to OUT/figures, the report to OUT/report.md
+    questions: int = 200            # held-out questions a cell
+    grid: int = 31                  # landscape: points a side, odd so that theta is one of them
+    uncut: str = "out/uncut"        # curve: a run trained with --cut=0, looked at too if it is there
+    examples: int = 1               # single trajectories drawn under the averages
+    seed: int = 0                   # of trajectories and corruptions
+    seeds: int = 5                  # runs an arm, where an experiment trains
+    arm: tuple = ()                 # compare: an arm's flags; give it once an arm
+    cells: str = ""                 # held-out questions, such as "expr:3,4 sum:5"; empty: what an experiment says
+    steps: int = 120                # second-order meta-steps whose time every arm gets
+    device: str = "auto"            # cpu, cuda, or auto
+    threads: int = 0                # CPU threads, 0: as many as torch chooses
+
+def cells_of(spec):
+    """'expr:3,4 sum:5' -> [(domain, operands)]."""
+    out = []
+    for part in spec.split():
+        domain, _, counts = part.partition(":")
+        for k in counts.split(","):
+            if not any(k == str(n) for n in (*arithmetic.TRAINED.get(domain, ()), *arithmetic.OOD.get(domain, ()))):
+                fail(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as expr:3,4")
+            out.append((domain, int(k)))
+    if not out:
+        fail("--cells is empty: name some, such as 'expr:3,4 sum:5'")
+    return out
+
+def command_line():
+    """-> (names of experiments, an Analyze)."""
+    names = [a for a in sys.argv[1:] if not a.startswith("-")]
+    for n in names:
+        if n not in NAMES:
+            fail(f"there is no experiment {n!r}: choose from {', '.join(NAMES)}")
+    if len({*names}) < len(names):
+        fail("an experiment is named twice")
+    c, _ = flags(Analyze, [a for a in sys.argv[1:] if a.startswith("-")])
+    if c.cells:
+        cells_of(c.cells)
+    if c.grid % 2 == 0:
+        fail(f"--grid={c.grid} is even, and an even grid does not hold theta itself: take {c.grid + 1}")
+    if ("compare" in names) != bool(c.arm) or len(c.arm) == 1:
+        fail('compare needs two arms or more, and nothing else takes any: --arm="--steps=300" --arm="--steps=300 --style=short"')
+    return names, c
+
+if __name__ == "__main__":
+    COMMAND = command_line()                                                # before the seconds that torch takes to import
+
+import matplotlib                                                           # noqa: E402
+import numpy as np                                                          # noqa: E402
+import torch                                                                # noqa: E402
+from tqdm import tqdm                                                       # noqa: E402
+
+import meta                                                                 # noqa: E402
+import train                                                                # noqa: E402
+from data import text                                                       # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt                                             # noqa: E402 (the backend must be chosen first)
@@ -133,38 +191,6 @@ def write_under(ax, think, curve, colour, label=None, style="o-"):
 
 # -------------------------------------------------------------------------------------------------------------------- experiments
 
-@dataclass
-class Analyze:
-    """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
-    sft: str = "out/sft"            # the run of train.py to look at, trained first if it is missing
-    meta: str = "out/meta"          # the run of meta.py to look at, trained first if it is missing
-    out: str = "out"                # figures go to OUT/figures, the report to OUT/report.md
-    questions: int = 200            # held-out questions a cell
-    grid: int = 31                  # landscape: points a side, odd so that theta is one of them
-    uncut: str = "out/uncut"        # curve: a run trained with --cut=0, looked at too if it is there
-    examples: int = 1               # single trajectories drawn under the averages
-    seed: int = 0                   # of trajectories and corruptions
-    seeds: int = 5                  # runs an arm, where an experiment trains
-    arm: tuple = ()                 # compare: an arm's flags; give it once an arm
-    cells: str = ""                 # held-out questions, such as "expr:3,4 sum:5"; empty: what an experiment says
-    steps: int = 120                # second-order meta-steps whose time every arm gets
-    device: str = "auto"            # cpu, cuda, or auto
-    threads: int = 0                # CPU threads, 0: as many as torch chooses
-
-
-def cells_of(spec):
-    """'expr:3,4 sum:5' -> [(domain, operands)]. ValueError where there is no such cell."""
-    out = []
-    for part in spec.split():
-        domain, _, counts = part.partition(":")
-        for k in counts.split(","):
-            if domain not in train.CELLS or not k.isdigit() or int(k) not in train.CELLS[domain]:
-                raise ValueError(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as expr:3,4")
-            out.append((domain, int(k)))
-    if not out:
-        raise ValueError("--cells is empty: name some, such as 'expr:3,4 sum:5'")
-    return out
-
 def tail_of(q, answer=None):
     return [text.END_THINK, *text.encode(q.answer if answer is None else answer), text.EOS]
 
@@ -199,10 +225,7 @@ def curve(c, model):
     larger than for each of `wrong` (one wrong result, consistent after it), `other` (another question's) and `filler` (as many dots). Progressive
     is supported if the median Spearman correlation of L_hat and position is below -0.5 and the largest 5 % of steps make less than half of
     the fall (median). 95 % bootstrap intervals; refuted if one lies on the other side; else inconclusive. Overall: the worst domain."""
-    try:
-        cells = cells_of(c.cells or "expr:4 sum:4 modsum:4")
-    except ValueError as e:
-        train.fail(e)
+    cells = cells_of(c.cells or "expr:4 sum:4 modsum:4")
     uncut = train.load_model(Path(c.uncut) / "ckpt.pt", model.head.weight.device)[0] if model and (Path(c.uncut) / "ckpt.pt").exists() else None
     fig, axes = plt.subplots(2 + c.examples, len(cells), figsize=(3.7 * len(cells), 5.4 + 2.3 * c.examples), squeeze=False)
     numbers, verdicts = {}, {"direction": [], "progressive": []}
@@ -210,10 +233,10 @@ def curve(c, model):
         rng = random.Random(f"{c.seed}/{domain}")
         qs = train.held_out(domain, k, c.questions)
         if len({q.answer for q in qs}) < 2:
-            train.fail(f"--questions={c.questions}: the controls need two questions with different answers")
+            fail(f"--questions={c.questions}: the controls need two questions with different answers")
         trials = [(q, t) for q in qs if "wrong" in (t := kinds_of(q, qs, rng))]
         if not trials:
-            train.fail(f"no wrong trajectory was found for {domain}")
+            fail(f"no wrong trajectory was found for {domain}")
         qs, thinks = [q for q, _ in trials], {kind: [t[kind] for _, t in trials] for kind in ("correct", "wrong", "other", "filler")}
         implied = [t.rpartition("=")[2] for t in thinks["wrong"]]
         curves = {kind: curves_of(model, qs, t) for kind, t in thinks.items()}
@@ -380,7 +403,7 @@ def explicit(c, model):
     model, inner, state = meta.load_meta(Path(c.meta) / "ckpt.pt", model.head.weight.device)
     config = state["config"]
     if config["algo"] == "none":
-        train.fail(f"{c.meta} was trained with --algo=none: there is no theta' in it")
+        fail(f"{c.meta} was trained with --algo=none: there is no theta' in it")
     domain, counts = config["domain"], [int(k) for k in config["operands"].split(",")]
     table = meta.exact_match(model, inner, {domain: (*counts, max(counts) + 1)}, c.questions, config["inner"], c.seed)[domain]
     pooled = {name: {w: sum((table[str(k)].get(name, {}).get(w, []) for k in counts), []) for w in ("theta", "theta_prime", "in_context", "implied")}
@@ -451,20 +474,17 @@ def explicit(c, model):
                "cosine": {label: {n: interval(v) for n, v in cos.items()} for label, cos in alike.items()},
                "mean_curves": {kind: np.round(on_grid(v).mean(0), 4).tolist() for kind, v in curves.items()}}
     return fig, {"claim": "Eq. 4 at its word: theta moved along the trajectory answers as if the trajectory were in context", "verdict": verdict,
-                 "numbers": numbers, "checkpoint": {"run": c.meta, "steps": state["step"], "config": config}}
+                 "numbers": numbers, "checkpoint": {"run": c.meta, "checksum": train.checksum(Path(c.meta) / "ckpt.pt"), "steps": state["step"], "config": config}}
 
 
 # -------------------------------------------------------------------------------------------- what the trajectory does to the weights
 
 def rows_of(c, default="expr:4"):
     """The first cell of --cells: its questions, a correct trajectory each, another question's, and the cell as text."""
-    try:
-        domain, k = cells_of(c.cells or default)[0]
-    except ValueError as e:
-        train.fail(e)
+    domain, k = cells_of(c.cells or default)[0]
     qs, rng = train.held_out(domain, k, c.questions), random.Random(f"{c.seed}/{domain}/{k}")
     if len({q.answer for q in qs}) < 2:
-        train.fail(f"--questions={c.questions}: the controls need two questions with different answers")
+        fail(f"--questions={c.questions}: the controls need two questions with different answers")
     ts = [";".join(arithmetic.steps(q, rng)[0]) for q in qs]
     return qs, ts, [rng.choice([t for o, t in zip(qs, ts) if o.answer != q.answer]) for q in qs], f"{domain}, {k} operands, {len(qs)} questions"
 
@@ -680,8 +700,6 @@ def landscape(c, model):
     on a ring of radius 0.25 along filter-normalised random directions, it stays below L_q at theta without a trajectory: 95 % intervals above
     0; refuted if one lies below 0; else inconclusive. The drawn paths are parameter motions, projected on their own two principal directions
     through theta: the exact patches as tokens enter the context, and the inner loop's theta'_i."""
-    if c.grid % 2 == 0:
-        train.fail(f"--grid={c.grid} is even, and an even grid does not hold theta itself: take {c.grid + 1}")
     qs, ts, others, title = rows_of(c)
     device, plane = model.head.weight.device, directions(model, c.seed)
     angle = torch.arange(8, device=device) * (2 * np.pi / 8)
@@ -849,9 +867,9 @@ def delimiter(c, model):
     one lies below 0; else inconclusive. Entropy: of the answer's first token. (The answer without any `</think>` would only measure form.)"""
     qs, _, _, title = rows_of(c)
     own = [t for t, _ in train.respond(model, qs)]
-    pairs = [(q, t) for q, t in zip(qs, own) if len(t) > 4]
+    pairs = [(q, t) for q, t in zip(qs, own) if "=" in t and text.plain(t)]
     if not pairs:
-        train.fail(f"{c.sft}: this model writes no trajectories to cut short")
+        fail(f"{c.sft}: this model writes no trajectories to cut short")
     qs, own = [q for q, _ in pairs], [t for _, t in pairs]
     places = [[round(f * len(t)) for f in np.linspace(0, 1, 11)] for t in own]
     flat = [(q, t[:i]) for q, t, at in zip(qs, own, places) for i in at]
@@ -912,9 +930,9 @@ def prune(c, model):
     qs, _, _, title = rows_of(c, "sum:5")
     rng = random.Random(f"{c.seed}/prune")
     own = [t for t, _ in train.respond(model, qs)]
-    pairs = [(q, t.split(";")) for q, t in zip(qs, own) if t.count("=") == q.operands - 1 == t.count(";") + 1]
+    pairs = [(q, t.split(";")) for q, t in zip(qs, own) if text.plain(t) and t.count("=") == q.operands - 1 == t.count(";") + 1]
     if not pairs:
-        train.fail(f"{c.sft}: this model writes no trajectories of an operation a step to shorten")
+        fail(f"{c.sft}: this model writes no trajectories of an operation a step to shorten")
     qs, steps = [q for q, _ in pairs], [s for _, s in pairs]
     size, curves = len(steps[0]), curves_of(model, qs, [";".join(s) for s in steps])
     half, ways = size // 2, {}
@@ -979,8 +997,8 @@ def order(c, model):
     if not (folder / "cost.json").exists():
         rng, cost = random.Random(0), {}
         tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 32)]
-        for arm, flags in ARMS.items():
-            config, _ = train.flags(meta.Meta, flags.split())
+        for arm, words in ARMS.items():
+            config, _ = flags(meta.Meta, words.split())
             inner = meta.Inner(meta.fast_layers(model, config.fast, config.algo), 1, 1.0, config.tau)
             times = []
             for _ in range(8):
@@ -993,13 +1011,13 @@ def order(c, model):
     cost = json.loads((folder / "cost.json").read_text())
     result = {}
     for seed in range(c.seeds):
-        for arm, flags in ARMS.items():
+        for arm, words in ARMS.items():
             run = folder / f"{arm.replace(', ', '-')}-{seed}"
             if not (run / "summary.json").exists():
                 half = ["--resume"] if (run / "ckpt.pt").exists() else \
-                    [f"--init={c.sft}/ckpt.pt", f"--seed={seed}", f"--steps={round(c.steps * cost['maml'] / cost[arm])}", f"--questions={c.questions}", *flags.split()]
+                    [f"--init={c.sft}/ckpt.pt", f"--seed={seed}", f"--steps={round(c.steps * cost['maml'] / cost[arm])}", f"--questions={c.questions}", *words.split()]
                 print(f"order: {arm}, seed {seed}")
-                meta.meta(*train.flags(meta.Meta, [f"--out={run}", *half]))
+                meta.meta(*flags(meta.Meta, [f"--out={run}", *half]))
             s = json.loads((run / "summary.json").read_text())
             (cells,) = s["exact_match"].values()
             trained = s["config"]["operands"].split(",")
@@ -1054,20 +1072,21 @@ def train_arms(c, arms):
     """Trains what is missing of arms (name -> flags) over c.seeds, one progress bar for the lot. -> {name: [folder of a seed]}."""
     todo = {s[1]: (*s, seed) for seed in range(c.seeds) for arm in arms.values() for s in stages(c, arm, seed)}
     for script, folder, words, seed in todo.values():                       # all flags are looked at before any run begins
-        train.flags(train.Train if script is train else meta.Meta, words)
+        script.check(*flags(train.Train if script is train else meta.Meta, words))
     train.QUIET = True
     with tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True) as bar:
         for folder, (script, _, words, seed) in todo.items():
             if not (folder / "summary.json").exists():
                 half = (folder / "ckpt.pt").exists()
-                run = [f"--device={c.device}", f"--threads={c.threads}"]
-                run += ["--resume"] if half else [f"--seed={seed}", "--questions=20", "--overwrite", *words]
+                own = {w.split("=")[0] for w in words}                      # what an arm says for itself stands
+                run = ["--resume"] if half else [*words, *(f for f in (f"--device={c.device}", f"--threads={c.threads}", f"--seed={seed}", "--questions=20", "--overwrite")
+                                                           if f.split("=")[0] not in own)]
                 bar.set_postfix_str(str(folder))
                 with contextlib.redirect_stdout(io.StringIO()):
                     if script is train:
-                        train.train(*train.flags(train.Train, [f"--out={folder}", *run], train.PRESETS))
+                        train.train(*flags(train.Train, [f"--out={folder}", *run]))
                     else:
-                        meta.meta(*train.flags(meta.Meta, [f"--out={folder}", *run]))
+                        meta.meta(*flags(meta.Meta, [f"--out={folder}", *run]))
             bar.update()
     train.QUIET = False
     return {name: [stages(c, arm, seed)[-1][1] for seed in range(c.seeds)] for name, arm in arms.items()}
@@ -1100,17 +1119,14 @@ METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights
 
 def contest(c, arms, cells="expr:3,4", n=32):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
-    try:
-        cells = cells_of(c.cells or cells)
-    except ValueError as e:
-        train.fail(e)
+    cells = cells_of(c.cells or cells)
     scores, numbers = {}, {}
     for name, folders in train_arms(c, arms).items():
         rows = [evaluate(c, f, cells, n) for f in folders]
         metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
         scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
         runs = [[json.loads((s[1] / "summary.json").read_text()) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
-        numbers[name] = {"flags": arms[name], **{m: crossed(v) for m, v in scores[name].items()},
+        numbers[name] = {"flags": arms[name], "checksums": [train.checksum(f / "ckpt.pt") for f in folders], **{m: crossed(v) for m, v in scores[name].items()},
                          "by_cell": {cell: round(float(np.mean([row[cell]["exact"] for row in rows])), 4) for cell in rows[0]},
                          "seconds": round(float(np.mean([sum(s["seconds"] for s in r) for r in runs])), 1),
                          "tokens": round(float(np.mean([sum(s.get("tokens", 0) for s in r) for r in runs])))}
@@ -1141,8 +1157,6 @@ def compare(c, model=None):
     """Any arms against each other on the same held-out questions: --arm="FLAGS" --arm="FLAGS". No claim: measured.
 
     Differences are paired by seed and question, each arm against the first; 95 % intervals resample seeds and questions."""
-    if len(c.arm) < 2:
-        train.fail('compare needs two arms or more: --arm="--steps=300" --arm="--steps=300 --style=short"')
     arms = {a: a for a in c.arm}
     scores, numbers = contest(c, arms)
     gaps = gaps_of(scores, [(a, c.arm[0]) for a in c.arm[1:]])
@@ -1325,22 +1339,18 @@ def speed(c, model):
     ax.minorticks_off()
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
 
-ALONE = {"compare": compare, "methods": methods, "length": length, "generalize": generalize, "support": support}                                                # these train what they need
-EXPERIMENTS = {"curve": curve, "explicit": explicit, "patch": patch, "gradient": gradient, "landscape": landscape, "tokens": tokens, "delimiter": delimiter,
-               "prune": prune, "order": order, "speed": speed} | ALONE
-TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimiter", "prune")            # what runs unasked; the others only when they are named
+EXPERIMENTS = {name: globals()[name] for name in NAMES if name != "report"}
 
 
-
-def run(name, c, model=None, state=None):
+def run(name, c, model, state):
     """One experiment: figure, data and verdict on disk. -> result."""
     began = time.perf_counter()
-    fig, result = EXPERIMENTS[name](c, model)
+    fig, result = EXPERIMENTS[name](c, None if name in TRAINING else model)
     folder = Path(c.out) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png")
     plt.close(fig)
-    result = ({"checkpoint": {"run": c.sft, "steps": state["step"], "config": state["config"]}} if state else {}) | result
+    result = ({"checkpoint": {"run": c.sft, "checksum": train.checksum(Path(c.sft) / "ckpt.pt"), "steps": state["step"], "config": state["config"]}} if state and name not in TRAINING else {}) | result
     result |= {"criterion": " ".join(EXPERIMENTS[name].__doc__.split()), "config": asdict(c), "revision": train.revision(), "seconds": round(time.perf_counter() - began, 1)}
     train.write(folder / f"{name}.json", result)
     print(f"{name}: {result['verdict']} ({result['seconds']} s)   {folder / name}.png")
@@ -1407,35 +1417,30 @@ def report(c):
         lines += ["![poster](figures/poster.png)", ""]
     for name, r in found.items():
         lines += [f"## {name}: {r['verdict']}", "", r["claim"], "", f"![{name}](figures/{name}.png)", "", f"Criterion: {r['criterion']}", "",
-                  f"Config: {json.dumps(r['config'])}, revision {r['revision']}, {r['seconds']} s.", "", "```",
+                  f"Config: {json.dumps(r['config'])}, revision {r['revision']}, {r['seconds']} s" + (f", checkpoint {r['checkpoint'].get('checksum')}" if "checkpoint" in r else "") + ".", "", "```",
                   *(f"{k}: {json.dumps(v)}" for k, v in r["numbers"].items() if k not in ("mean_curves", "sheets", "paths")), "```", ""]
     lines += ["Not run: " + ", ".join(n for n in EXPERIMENTS if n not in found) + ".", ""] if len(found) < len(EXPERIMENTS) else []
     train.write(Path(c.out) / "report.md", "\n".join(lines))
     print(f"report: {Path(c.out) / 'report.md'}")
 
 
-def main():
-    argv = sys.argv[1:]
-    names = [a for a in argv if not a.startswith("-")]
-    for n in names:
-        if n not in (*EXPERIMENTS, "report"):
-            train.fail(f"there is no experiment {n!r}: choose from {', '.join(EXPERIMENTS)}, report")
-    c, _ = train.flags(Analyze, [a for a in argv if a.startswith("-")])
+def main(parsed=None):
+    names, c = parsed or command_line()
     device, model, state, sft = train.device_of(c), None, None, Path(c.sft)
     for name in [n for n in names or TOUR if n != "report"]:
-        if name not in ALONE and model is None:
+        if name not in TRAINING and model is None:
             if not (sft / "summary.json").exists():
                 half = (sft / "ckpt.pt").exists()
                 print(f"{'going on with' if half else 'training'} the model in {sft}")
-                train.train(*train.flags(train.Train, [f"--out={sft}", f"--device={c.device}", *["--resume"] * half], train.PRESETS))
+                train.train(*flags(train.Train, [f"--out={sft}", f"--device={c.device}", *["--resume"] * half]))
             model, state = train.load_model(sft / "ckpt.pt", device)
         if name == "explicit" and not (Path(c.meta) / "summary.json").exists():
             half = ["--resume"] if (Path(c.meta) / "ckpt.pt").exists() else [f"--init={sft / 'ckpt.pt'}"]
             print(f"meta-training into {c.meta}")
-            meta.meta(*train.flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
-        run(name, c, *(() if name in ALONE else (model, state)))
+            meta.meta(*flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
+        run(name, c, model, state)
     report(c)
 
 
 if __name__ == "__main__":
-    train.command(main)
+    train.command(lambda: main(COMMAND))

@@ -26,14 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-import torch.nn as nn
-from torch.func import functional_call
-
-import train
-from data import arithmetic, text
-from model import Linear
+from data import arithmetic
+from data.flags import fail, flags
 
 
 @dataclass
@@ -75,6 +69,28 @@ class Meta:
     save_every: int = 100           # meta-steps between checkpoints
     device: str = "auto"            # cpu, cuda, or auto
     threads: int = 0                # CPU threads, 0: as many as torch chooses
+
+def check(c, given):
+    """Refuses, with a line, flags that contradict each other or make no sense. -> (c, given)."""
+    if not set(c.operands.split(",")) <= set(map(str, arithmetic.TRAINED[c.domain])):
+        fail(f"--operands={c.operands}: {c.domain} is trained on {', '.join(map(str, arithmetic.TRAINED[c.domain]))}; a list of them is expected, such as 3,4")
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", c.missing, re.ASCII) or not any(map(float, c.missing.split(","))):
+        fail(f"--missing={c.missing} is not three weights such as 7,2,1")
+    if c.cut_from > c.cut_full:
+        fail(f"--cut_from={c.cut_from} comes after --cut_full={c.cut_full}")
+    return c, given
+
+if __name__ == "__main__":
+    COMMAND = check(*flags(Meta))                                           # before the seconds that torch takes to import
+
+import numpy as np                                                          # noqa: E402
+import torch                                                                # noqa: E402
+import torch.nn as nn                                                       # noqa: E402
+from torch.func import functional_call                                      # noqa: E402
+
+import train                                                                # noqa: E402
+from data import text                                                       # noqa: E402
+from model import Linear                                                    # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------------------------- the tasks
@@ -297,7 +313,7 @@ def outcomes(model, inner, questions, condition, mode="whole", seed=0, own=None)
     trajectory implies, where that differs from the truth}. `own`: the trajectories that the model wrote itself. {} if there is no trial."""
     rng = random.Random(f"{seed}/{questions[0].text}/{condition}")
     if condition == "own":
-        trials = [(q, (t, "")) for q, t in zip(questions, own) if t]
+        trials = [(q, (t, "")) for q, t in zip(questions, own) if t and text.plain(t)]
     else:
         trials = [(q, t) for q in questions if (t := trial(q, questions, condition, rng))]
     if not trials:
@@ -371,27 +387,23 @@ def meta_loss(model, inner, c, tasks, device="cpu", order=2):
 
 def meta(c, given):
     """Meta-trains, evaluates, writes c.out. -> summary."""
-    c = train.prepare(c, given)
+    c = train.prepare(*check(c, given))
     device = train.device_of(c)
     if not Path(c.init).exists() and c.init == Meta.init:
         print("training the model to start from")
-        train.train(*train.flags(train.Train, [f"--device={c.device}"], train.PRESETS))
+        train.train(*flags(train.Train, [f"--device={c.device}"]))
     model, start = train.load_model(c.init, device)
     if start["step"] < start["config"].get("steps", 0):
         print(f"note: {c.init} is a run that stopped at step {start['step']} of {start['config']['steps']}", file=sys.stderr)
     torch.manual_seed(c.seed)
     try:
-        if not all(k.isdigit() for k in c.operands.split(",")):
-            raise ValueError(f"--operands={c.operands} is not a list of counts such as 3,4")
         counts = [int(k) for k in c.operands.split(",")]
-        if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?){2}", c.missing) or not any(map(float, c.missing.split(","))):
-            raise ValueError(f"--missing={c.missing} is not three weights such as 7,2,1")
         tasks_at(0, c)
         inner = Inner(fast_layers(model, c.fast, c.algo), c.K, c.alpha, c.tau, c.weigh).to(device)
         if c.unclosed:
             inner.weight.data[text.END_THINK] = 0.0
     except ValueError as e:
-        train.fail(e)
+        fail(e)
     opts = train.optimisers(model, c.lr, c.lr_adam)
     learned = [p for p in inner.parameters() if p.requires_grad and c.alpha and c.algo not in ("none", "reptile")]
     if learned:
@@ -428,7 +440,7 @@ def load_meta(path, device="cpu"):
     """A checkpoint of `meta` -> (model, inner, the checkpoint). Exits 2 with a line if it is none."""
     model, state = train.load_model(path, device)
     if not state.get("extra") or "log_alpha" not in state["extra"]:
-        train.fail(f"{path} is a checkpoint, but not one of meta.py")
+        fail(f"{path} is a checkpoint, but not one of meta.py")
     c = state["config"]
     inner = Inner(fast_layers(model, c["fast"], c["algo"]), c["K"], 1.0, c["tau"], c["weigh"]).to(device)
     inner.load_state_dict(state["extra"])
@@ -445,8 +457,8 @@ def show_table(table):
                              f"{percent(row, 'in_context', 11)} {percent(row, 'implied', 24)}")
     return "\n".join(lines)
 
-def main():
-    meta(*train.flags(Meta))
+def main(parsed=None):
+    meta(*(parsed or check(*flags(Meta))))
 
 if __name__ == "__main__":
-    train.command(main)
+    train.command(lambda: main(COMMAND))

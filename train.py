@@ -8,30 +8,23 @@
 
 Also here, for every script of the project: flags, run folders, checkpoints, the loop around an optimiser step, evaluation.
 """
-import argparse
 import ctypes
-import inspect
+import hashlib
 import json
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from data import arithmetic, text
-from model import Config, Model
-
-QUIET = False                                                               # no progress bar of a run's own: somebody counts the runs
-FORMAT = "raml-arithmetic checkpoint 1"
+from data import arithmetic
+from data.flags import fail, flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------- flags
@@ -80,42 +73,58 @@ class Train:
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
 PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000, "chunks": 1}}
-OWN = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3, "save_every": 25}       # defaults of grpo and dpo
-POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds", "group", "epochs", "beta", "max_new"}
-SHARES = {"decay", "direct", "cut", "cut_from", "cut_full"}
-CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
-           "preset": ("auto", "tiny", "gpu"), "method": ("sft", "grpo", "dpo"), "adv": ("grpo", "dr_grpo"),
-           "algo": ("maml", "fomaml", "reptile", "anil", "none"), "inner": ("whole", "step", "token"), "context_grad": ("full", "detached"),
-           "domain": tuple(arithmetic.TRAINED)}
+OWN = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3, "save_every": 25}      # defaults of grpo and dpo
+ONLY = {"grpo": ("update", "adv", "epochs", "eps", "kl"), "dpo": ("beta",)}
 
 
-def fail(message):
-    """One line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+def check(c, given):
+    """Refuses, with a line, flags that contradict each other. -> (c, given), so that it can stand behind `flags`."""
+    if not c.resume:
+        for method, names in ONLY.items():
+            for name in names:
+                if name in given and c.method != method:
+                    fail(f"--{name} is for --method={method}")
+        if c.method == "sft" and {"group", "max_new"} & {*given} or c.method != "sft" and {"style", "direct", "cut", "support", "chunks"} & {*given}:
+            fail(f"--method={c.method} has no use for --{min({'group', 'max_new', 'style', 'direct', 'cut', 'support', 'chunks'} & {*given})}")
+        if c.method != "sft" and not c.init:
+            fail(f"--method={c.method} learns from the trajectories of a trained model: give one with --init=RUN/ckpt.pt")
+        batch = given.get("batch", OWN["batch"])
+        if c.method != "sft" and (c.update > c.group or batch % c.group or c.group < 2):
+            fail(f"--update={c.update} must be at most --group={c.group}, which must be at least 2 and divide --batch={batch}")
+        if c.support > 1 and not c.pool:
+            fail("--support counts trajectories of the questions in a --pool: give its size")
+        if not c.init and (c.width % c.heads or c.width // c.heads % 2):
+            fail(f"--width={c.width} must be an even multiple of --heads={c.heads}")
+        if c.direct + c.cut > 1:
+            fail("--direct and --cut are shares of the samples and make more than 1 together")
+        for style in c.style.split(","):
+            if style not in arithmetic.STYLES or style == "direct":
+                fail(f"--style={c.style}: there is no style {style!r}, choose from {', '.join(s for s in arithmetic.STYLES if s != 'direct')}")
+        for d in c.domains.split(","):
+            if d not in arithmetic.TRAINED:
+                fail(f"--domains={c.domains}: there is no domain {d!r}, choose from {', '.join(arithmetic.TRAINED)}")
+            if c.operands and not set(c.operands.split(",")) <= set(map(str, arithmetic.TRAINED[d])):
+                fail(f"--operands={c.operands}: {d} is trained on {', '.join(map(str, arithmetic.TRAINED[d]))}")
+        if "ask" in given:
+            try:
+                arithmetic.parse(c.ask)
+            except ValueError as e:
+                fail(e)
+            if {*given} - {"ask", "out", "device", "threads"}:
+                fail(f"--ask trains nothing: leave --{min({*given} - {'ask', 'out', 'device', 'threads'})} out")
+    return c, given
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (--help lists the flags)")
+if __name__ == "__main__":
+    COMMAND = check(*flags(Train))                                          # before the seconds that torch takes to import
 
-def flags(cls, argv=None, presets=None):
-    """argv -> (an instance of the dataclass cls, the set of names that argv gave). The comment beside a field is its help."""
-    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
-    parser = Parser(description=cls.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in fields(cls):
-        kind = dict(action="store_true") if f.type is bool else dict(action="append", metavar="FLAGS") if f.type is tuple else dict(type=f.type, choices=CHOICES.get(f.name), metavar=f.type.__name__)
-        parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} (default: {f.default!r})".replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    for name, v in given.items():
-        number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        if number and (not math.isfinite(v) or v < 0 or v > 1e9 or name in POSITIVE and not v or name in SHARES and v > 1):
-            fail(f"--{name}={v} is out of range" + " (a share: 0 to 1)" * (name in SHARES))
-    values = given
-    if presets:
-        name = given.get("preset", "auto")
-        name = name if name != "auto" else "gpu" if torch.cuda.is_available() and given.get("device") != "cpu" else "tiny"
-        values = {**presets[name], **(OWN if given.get("method", "sft") != "sft" else {}), **given, "preset": name}
-    return cls(**values), set(given)
+import torch                                                                # noqa: E402
+from tqdm import tqdm                                                       # noqa: E402
+
+from data import text                                                       # noqa: E402
+from model import Config, Model                                             # noqa: E402
+
+QUIET = False                                                               # no progress bar of a run's own: somebody counts the runs
+FORMAT = "raml-arithmetic checkpoint 1"
 
 
 # ----------------------------------------------------------------------------------------------------------------- run folders
@@ -157,24 +166,37 @@ def write(path, data):
     os.replace(temporary, path)
 
 def save(path, **state):
-    """A checkpoint, whole or not at all."""
+    """A checkpoint, whole or not at all. OSError if it cannot be written; the one before it stands."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT, "encoding": text.ENCODING.name, **state}, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save({"format": FORMAT, "encoding": text.ENCODING.name, **state}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                                    # torch says RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, and what stood there before still does: {str(e).splitlines()[0]}") from None
 
 def load(path, device="cpu"):
-    """A checkpoint written by `save` -> dict. Exits 2 with a line that says what is wrong. Nothing in the file is executed."""
+    """A checkpoint written by `save` -> dict. Exits 2 with a line that says what is wrong. Nothing in the file is executed, and
+    every record of it is held against its checksum first, which torch itself does not do."""
     try:
+        with zipfile.ZipFile(path) as z:
+            broken = z.testzip()
+        if broken:
+            fail(f"{path} is damaged ({broken} does not match its checksum)")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         fail(f"there is no checkpoint at {path}")
-    except Exception as e:                                                  # torch raises half a dozen kinds for a broken file
+    except Exception as e:                                                  # zipfile and torch raise a dozen kinds for a broken file
         fail(f"{path} cannot be read as a checkpoint ({type(e).__name__})")
     if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("encoding") != text.ENCODING.name:
         fail(f"{path} is not a checkpoint of this version of this project")
     return state
+
+def checksum(path):
+    """Of a file, 16 hex digits (blake2b): what a figure's data name the weights by that it was made from."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
 def load_model(path, device="cpu"):
     """-> (Model on device, the whole checkpoint)."""
@@ -303,11 +325,10 @@ def prepare(c, given):
         if (out / "config.json").exists() and not c.overwrite:
             fail(f"{out} already holds a run: add --resume to go on with it, --overwrite to replace it, or choose another --out")
         return c
-    if not (out / "ckpt.pt").exists():
-        fail(f"there is nothing to resume in {out}")
     before = load(out / "ckpt.pt")["config"]
     if set(before) != {f.name for f in fields(c)}:
         fail(f"{out} is not a run of this script in this version")
+    given = {*given}
     free = {"device", "threads"} & given                                    # else as before: another thread count rounds differently
     for k in given - free - {"resume", "overwrite", "out"}:
         if before[k] != getattr(c, k):
@@ -387,23 +408,12 @@ def show_table(table):
 # ------------------------------------------------------------------------------------------------------- SFT, GRPO, DPO (Table 1)
 
 def mix_of(c):
-    """The questions and trajectories that the flags ask for. ValueError where they ask for nothing."""
-    mix, names = text.Mix(style=c.style, direct=c.direct, cut=c.cut, filler=min(text.Mix().filler, max(0.0, 1 - c.direct - c.cut))), c.domains.split(",")
-    for d in names:
-        if d not in arithmetic.TRAINED:
-            raise ValueError(f"--domains={c.domains}: there is no domain {d!r}, choose from {', '.join(arithmetic.TRAINED)}")
-    for style in c.style.split(","):
-        if style not in arithmetic.STYLES or style == "direct":
-            raise ValueError(f"--style={c.style}: there is no style {style!r}, choose from {', '.join(s for s in arithmetic.STYLES if s != 'direct')}")
-    if mix.direct + mix.cut > 1:
-        raise ValueError("--direct and --cut are shares of the samples and make more than 1 together")
+    """The questions and trajectories that the flags ask for."""
+    names = c.domains.split(",")
+    mix = text.Mix(style=c.style, direct=c.direct, cut=c.cut, filler=min(text.Mix().filler, max(0.0, 1 - c.direct - c.cut)))
     mix = mix._replace(domains={d: mix.domains[d] for d in names})
     if c.operands:
-        asked = c.operands.split(",")
-        for d in names:
-            if not set(asked) <= set(map(str, arithmetic.TRAINED[d])):
-                raise ValueError(f"--operands={c.operands}: {d} is trained on {', '.join(map(str, arithmetic.TRAINED[d]))}")
-        mix = mix._replace(operands={d: [float(str(k) in asked) for k in arithmetic.TRAINED[d]] for d in names})
+        mix = mix._replace(operands={d: [float(str(k) in c.operands.split(",")) for k in arithmetic.TRAINED[d]] for d in names})
     return mix.limited(c.pool, c.support, c.seed) if c.pool else mix
 
 def sft_step(c, model, mix, low):
@@ -526,26 +536,23 @@ def dpo_step(c, model, mix, low, opts, ref):
 
 def train(c, given):
     """Trains by c.method, evaluates, writes c.out. -> summary."""
+    check(c, given)
+    if not c.resume:
+        name = c.preset if c.preset != "auto" else "gpu" if torch.cuda.is_available() and c.device != "cpu" else "tiny"
+        c = Train(**{**PRESETS[name], **(OWN if c.method != "sft" else {}), **given, "preset": name})
     c = prepare(c, given)
     device = device_of(c)
     torch.manual_seed(c.seed)
-    if c.method != "sft" and not c.init:
-        fail(f"--method={c.method} learns from the trajectories of a trained model: give one with --init=RUN/ckpt.pt")
-    if c.method != "sft" and (c.update > c.group or c.batch % c.group or c.group < 2):
-        fail(f"--update={c.update} must be at most --group={c.group}, which must be at least 2 and divide --batch={c.batch}")
-    try:
-        mix = mix_of(c)
-        if c.init:
-            model, start = load_model(c.init, device)
-            shape = {k: start["model"]["shape"][k] for k in ("layers", "heads", "width")}
-            for k in {*shape} & given:
-                if shape[k] != getattr(c, k):
-                    fail(f"--{k}={getattr(c, k)}, but the model in {c.init} has {shape[k]}")
-            c = replace(c, **shape)
-        else:
-            model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
-    except ValueError as e:
-        fail(e)
+    mix = mix_of(c)
+    if c.init:
+        model, start = load_model(c.init, device)
+        shape = {k: start["model"]["shape"][k] for k in ("layers", "heads", "width")}
+        for k in {*shape} & {*given}:
+            if shape[k] != getattr(c, k):
+                fail(f"--{k}={getattr(c, k)}, but the model in {c.init} has {shape[k]}")
+        c = replace(c, **shape)
+    else:
+        model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
     if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
         for b in model.blocks:
             b.compile(dynamic=True)
@@ -568,10 +575,7 @@ def train(c, given):
 
 def ask(c):
     """Prints how the model in c.out answers a question of the reader's own, every step checked."""
-    try:
-        q = arithmetic.parse(c.ask)
-    except ValueError as e:
-        fail(e)
+    q = arithmetic.parse(c.ask)
     model, _ = load_model(Path(c.out) / "ckpt.pt", device_of(c))
     (t, a), = respond(model, [q])
     (_, d), = respond(model, [q], "direct")
@@ -583,18 +587,23 @@ def ask(c):
 
 
 def command(main):
-    """Runs a script's main. Ctrl-C outside of `fit`, where there is nothing to save, and files in the way are a line, not a traceback."""
+    """Runs a script's main. Ctrl-C outside of `fit`, where there is nothing to save, files in the way, a full disk or memory are a line,
+    not a traceback."""
     try:
         main()
     except OSError as e:
         fail(e)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+            fail("out of memory: a smaller --batch needs less, and so do more --chunks")
+        raise
     except KeyboardInterrupt:
         print("\nstopped; what was trained is on disk", file=sys.stderr)
         raise SystemExit(130) from None
 
-def main():
-    c, given = flags(Train, presets=PRESETS)
+def main(parsed=None):
+    c, given = parsed or check(*flags(Train))
     ask(c) if "ask" in given else train(c, given)
 
 if __name__ == "__main__":
-    command(main)
+    command(lambda: main(COMMAND))

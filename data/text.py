@@ -28,6 +28,10 @@ def encode(text):
             raise ValueError(f"the encoding has no character {c!r}")
     return ENCODING.encode_ordinary(text)
 
+def plain(text):
+    """Can it be encoded: no special token spelt out in it?"""
+    return set(text) <= set(CHARS)
+
 def decode(ids):
     return ENCODING.decode([int(i) for i in ids])
 

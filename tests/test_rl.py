@@ -9,6 +9,7 @@ import torch
 
 import analyze
 import train
+from data.flags import flags
 from data import arithmetic, text
 
 Q = arithmetic.parse("(3+5)*2-7")
@@ -130,7 +131,7 @@ def test_dpo_gradient_against_finite_differences(tiny):
 @pytest.fixture
 def base(tmp_path):
     """A checkpoint of a hardly trained model."""
-    train.train(*train.flags(train.Train, ["--steps=2", f"--out={tmp_path / 'base'}", *TINY], train.PRESETS))
+    train.train(*flags(train.Train, ["--steps=2", f"--out={tmp_path / 'base'}", *TINY]))
     return f"--init={tmp_path / 'base' / 'ckpt.pt'}"
 
 @pytest.mark.parametrize("extra", (["--method=grpo", "--kl=0.1", "--epochs=2", "--update=2"], ["--method=dpo", "--beta=0.5"]))
@@ -138,7 +139,7 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, ex
     run = ["--steps=4", "--group=4", "--max_new=6", "--save_every=2", base, *extra, *(f for f in TINY if "width" not in f and "layers" not in f and "heads" not in f)]
     broken, real = tmp_path / "broken", train.rollouts
     monkeypatch.setattr(train, "judge", lambda asked, rows: torch.tensor([float(len(r) % 2) for r in rows]))    # a reward that a weak model gets sometimes
-    train.train(*train.flags(train.Train, [f"--out={tmp_path / 'straight'}", *run], train.PRESETS))
+    train.train(*flags(train.Train, [f"--out={tmp_path / 'straight'}", *run]))
 
     def fails(model, questions, c, seed):
         if seed == 3:
@@ -146,16 +147,16 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, ex
         return real(model, questions, c, seed)
     monkeypatch.setattr(train, "rollouts", fails)
     with pytest.raises(RuntimeError):
-        train.train(*train.flags(train.Train, [f"--out={broken}", *run], train.PRESETS))
+        train.train(*flags(train.Train, [f"--out={broken}", *run]))
     monkeypatch.setattr(train, "rollouts", real)
-    train.train(*train.flags(train.Train, [f"--out={broken}", "--resume"], train.PRESETS))
+    train.train(*flags(train.Train, [f"--out={broken}", "--resume"]))
     a, b = (torch.load(d / "ckpt.pt", weights_only=True)["model"]["weights"] for d in (tmp_path / "straight", broken))
     start = torch.load(tmp_path / "base" / "ckpt.pt", weights_only=True)["model"]["weights"]
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], start[k]) for k in a)
 
 def test_a_reward_that_says_nothing_is_said_and_training_goes_on(tmp_path, base, capsys, monkeypatch):
     monkeypatch.setattr(train, "judge", lambda asked, rows: torch.ones(len(rows)))
-    s = train.train(*train.flags(train.Train, ["--method=grpo", "--steps=20", "--group=2", "--batch=2", "--max_new=2", "--questions=2", base, f"--out={tmp_path / 'run'}", "--threads=1"], train.PRESETS))
+    s = train.train(*flags(train.Train, ["--method=grpo", "--steps=20", "--group=2", "--batch=2", "--max_new=2", "--questions=2", base, f"--out={tmp_path / 'run'}", "--threads=1"]))
     assert "nothing to learn from" in capsys.readouterr().err and s["steps"] == 20
 
 def test_bad_input_is_one_line(tmp_path, base, refused):
@@ -168,7 +169,7 @@ def test_bad_input_is_one_line(tmp_path, base, refused):
     torch.save({"format": train.FORMAT, "encoding": "another"}, tmp_path / "foreign.pt")
     refused(train, ["--method=grpo", f"--init={tmp_path / 'foreign.pt'}", out], ["foreign.pt"])
     for args, words in ((["compare", "--arm=--steps=3"], ["two arms"]), (["compare", "--arm=--steps=3", "--arm=--stepz=3"], ["--stepz"]),
-                        (["compare", "--arm=--steps=3", "--arm=--steps=4", "--cells=expr:9"], ["expr:9"]), (["patch", "--cells=", "--questions=1", base.replace("--init=", "--sft=").replace("/ckpt.pt", "")], ["different answers"])):
+                        (["compare", "--arm=--steps=3", "--arm=--steps=4", "--cells=expr:9"], ["expr:9"]), (["patch", "--cells=expr:4", "--questions=1", base.replace("--init=", "--sft=").replace("/ckpt.pt", "")], ["different answers"])):
         refused(analyze, [*args, f"--out={tmp_path / 'x'}"], words)
 
 
@@ -187,7 +188,7 @@ def test_a_pool_holds_the_same_questions_whatever_its_support():
 def test_compare_trains_what_is_missing_and_pairs_the_same_questions(tmp_path, capsys):
     small = " ".join(TINY)
     args = ["--seeds=2", "--questions=3", f"--out={tmp_path}", "--threads=1"]
-    c, _ = train.flags(analyze.Analyze, [f"--arm={small} --steps=2", f"--arm={small} --steps=2 | --method=grpo --batch=4 --group=2 --steps=1 --max_new=3", f"--arm={small} --steps=2", *args])
+    c, _ = flags(analyze.Analyze, [f"--arm={small} --steps=2", f"--arm={small} --steps=2 | --method=grpo --batch=4 --group=2 --steps=1 --max_new=3", f"--arm={small} --steps=2", *args])
     analyze.compare(c)
     assert len(list((tmp_path / "runs").glob("*/*/summary.json"))) == 4     # shared stages are trained once
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*/ckpt.pt")}
