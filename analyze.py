@@ -1438,7 +1438,11 @@ def main(parsed=None):
             half = ["--resume"] if (Path(c.meta) / "ckpt.pt").exists() else [f"--init={sft / 'ckpt.pt'}"]
             print(f"meta-training into {c.meta}")
             meta.meta(*flags(meta.Meta, [f"--out={c.meta}", f"--device={c.device}", *half]))
-        run(name, c, model, state)
+        try:
+            run(name, c, model, state)
+        except SystemExit as e:                                             # it has said why; the others of a tour go on
+            if names or e.code != 2:
+                raise
     report(c)
 
 
