@@ -1393,8 +1393,8 @@ def poster(c, found):
         y = 1 - (i + 0.5) / max(1, len(rows))
         words = {w for w in ("supported", "refuted", "inconclusive") if w in r["verdict"]}
         axes["claims"].text(0, y, name, weight="bold", va="center")
-        axes["claims"].text(0.11, y, textwrap.fill(r["claim"], 78), va="center", fontsize=8)
-        axes["claims"].text(0.67, y, textwrap.fill(r["verdict"], 52), va="center", fontsize=8, color=ink.get(*words, "#333333") if len(words) == 1 else "#333333")
+        axes["claims"].text(0.11, y, textwrap.fill(r["claim"], 72), va="center", fontsize=8)
+        axes["claims"].text(0.64, y, textwrap.fill(r["verdict"], 66), va="center", fontsize=7.5, color=ink.get(*words, "#333333") if len(words) == 1 else "#333333")
     fig.suptitle("Reasoning as an inner loop: the same trajectory in the context and in the weights (after arXiv 2505.19815)", fontsize=13)
     fig.savefig(Path(c.out) / "figures" / "poster.png")
     plt.close(fig)
