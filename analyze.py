@@ -1115,7 +1115,7 @@ def evaluate(c, folder, cells, n=32, k=8):
         train.write(path, kept | {key: row})
     return json.loads(path.read_text())[key]
 
-METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights": r"exact match of $\theta'$"}
+METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights": "exact match, theta'"}
 
 def contest(c, arms, cells="expr:3,4", n=32):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
@@ -1136,20 +1136,21 @@ def gaps_of(scores, pairs):
     """{'a - b, metric': interval of the paired difference} for pairs of arms."""
     return {f"{a} - {b}, {m}": crossed(scores[a][m] - scores[b][m]) for a, b in pairs for m in scores[a] if m in scores[b]}
 
+def arms_on(ax, rows, **labels):
+    """rows: {arm: ([mean, low, high], a value a seed)}, a bar an arm."""
+    for i, ((mean, low, high), seeds) in enumerate(rows.values()):
+        ax.barh(i, mean, 0.7, color=PALETTE[i % len(PALETTE)])
+        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
+        ax.plot(seeds, [i] * len(seeds), ".", color="#333333", markersize=3)
+    ax.set_yticks(range(len(rows)), [textwrap.fill(name, 44) for name in rows], fontsize=9 if max(map(len, rows)) < 44 else 6)
+    ax.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), **labels)
+
 def bars(scores, numbers, title=""):
-    """A panel a metric, a bar an arm, a dot a seed."""
+    """A panel a metric."""
     metrics = [m for m in METRICS if any(m in s for s in scores.values())]
-    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 0.45 * len(scores) + 1.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 0.45 * len(scores) + 1.2), sharey=metrics[-1] != "weights", squeeze=False)
     for ax, m in zip(axes[0], metrics):
-        for i, (name, s) in enumerate(scores.items()):
-            if m in s:
-                mean, low, high = numbers[name][m]
-                ax.barh(i, mean, 0.7, color=PALETTE[i % len(PALETTE)])
-                ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
-                ax.plot(s[m].mean(1), [i] * len(s[m]), ".", color="#333333", markersize=3)
-        ax.set(xlabel=METRICS[m], xlim=(0, 1))
-    axes[0, 0].set_yticks(range(len(scores)), list(scores))
-    axes[0, 0].invert_yaxis()
+        arms_on(ax, {name: (numbers[name][m], s[m].mean(1)) for name, s in scores.items() if m in s}, xlabel=METRICS[m])
     fig.suptitle(title, fontsize=10)
     return fig
 
@@ -1224,14 +1225,7 @@ def generalize(c, model=None):
         scores, rows = contest(replace(c, cells=cells), arms, n=8)
         found[group] = decide({f"SFT - {a}": scores["SFT"]["exact"] - scores[a]["exact"] for a in ("base", "direct answers")})
         numbers[group] = {"exact match": {a: r["exact"] for a, r in rows.items()}, "by cell": {a: r["by_cell"] for a, r in rows.items()}, "gaps": found[group][1]}
-        for i, (a, r) in enumerate(rows.items()):
-            mean, low, high = r["exact"]
-            ax.barh(i, mean, 0.7, color=PALETTE[i])
-            ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor="#333333", elinewidth=0.8)
-            ax.plot(scores[a]["exact"].mean(1), [i] * c.seeds, ".", color="#333333", markersize=3)
-        ax.set(title=f"{group} ({cells})", xlabel="exact match", xlim=(0, 1))
-    axes[0].set_yticks(range(len(arms)), list(arms))
-    axes[0].invert_yaxis()
+        arms_on(ax, {a: (r["exact"], scores[a]["exact"].mean(1)) for a, r in rows.items()}, title=f"{group} ({cells})", xlabel="exact match")
     return fig, {"claim": "C8: trajectories generalise within and across domains", "verdict": "; ".join(f"{g}: {v}" for g, (v, _) in found.items()), "numbers": numbers}
 
 def support(c, model=None):
