@@ -42,9 +42,6 @@ def real(s):
         raise ValueError
     return float(s)
 
-def once(s):
-    return s
-
 def flags(cls, argv=None):
     """argv -> (an instance of the dataclass cls, {name: value} of what argv gave). Exits 2 with a line for anything else."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -55,7 +52,7 @@ def flags(cls, argv=None):
     parser = Parser(description=cls.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in fields(cls):
         kind = dict(action="store_true") if f.type is bool else dict(action="append", metavar="FLAGS") if f.type is tuple else \
-            dict(type={int: integer, float: real}.get(f.type, once), choices=CHOICES.get(f.name), metavar=f.type.__name__)
+            dict(type={int: integer, float: real}.get(f.type, str), choices=CHOICES.get(f.name), metavar=f.type.__name__)
         parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} (default: {f.default!r})".replace("%", "%%"), **kind)
     given, names = vars(parser.parse_args(argv)), [a.split("=")[0] for a in argv if a.startswith("--")]
     for f in fields(cls):
