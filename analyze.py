@@ -108,7 +108,7 @@ def prefix_nll(model, heads, trajectories, tails, width=128):
     W = min(width, J) * N
     cache, at = model.new_cache(B, W + P), torch.arange(P, device=device)   # slots: first the branches', then the prefix's
     unseen = torch.zeros(P, W, dtype=torch.bool, device=device)
-    model(prefix, mask=torch.cat((unseen, at[:, None] >= at), 1)[None, None], cache=cache, slot=W + at[None])
+    model(prefix, mask=torch.cat((unseen, at[:, None] >= at), 1)[None, None], cache=cache, slot=slice(W, W + P))
     rows = []
     for j in range(0, J, width):
         i = torch.arange(j, min(j + width, J), device=device)
@@ -118,7 +118,7 @@ def prefix_nll(model, heads, trajectories, tails, width=128):
         own[:, :len(b)] = (b[:, None] == b) & (n[:, None] >= n)
         past = at[:int(head.max()) + int(i[-1])] < end[..., None]           # nobody in this chunk looks further
         nll = model.nll(branch.repeat(1, len(i)), target.repeat(1, len(i)), pos=end + n, cache=cache,
-                        mask=torch.cat((own.expand(B, -1, -1), past), -1)[:, None], slot=torch.arange(len(b), device=device)[None])
+                        mask=torch.cat((own.expand(B, -1, -1), past), -1)[:, None], slot=slice(0, len(b)))
         rows.append(nll.view(B, len(i), N).sum(-1))
     curves = torch.cat(rows, 1) / (target >= 0).sum(1, keepdim=True)
     return [c[:len(t) + 1].cpu().numpy() for c, t in zip(curves, trajectories)]
@@ -1094,9 +1094,9 @@ def train_arms(c, arms):
 def evaluate(c, folder, cells, n=32, k=8):
     """A run on held-out questions -> {cell: {exact, pass, mg: list, a number a question}}, kept beside the run.
 
-    exact: greedy; pass and mg: Pass@k and mG-Pass@k from n samples. A run of meta.py also has `weights`: theta' after a correct
+    exact: greedy; pass, mg, form: Pass@k, mG-Pass@k and the share in form, from n samples. A run of meta.py also has `weights`: theta' after a correct
     trajectory that is not in context. A run trained to answer directly is asked directly."""
-    path, key = folder / "compare.json", f"{cells} {c.questions} {n} {k}"
+    path, key = folder / "compare.json", f"{cells} {c.questions} {n} {k} form"
     kept = json.loads(path.read_text()) if path.exists() else {}
     if key not in kept:
         model, state = train.load_model(folder / "ckpt.pt", train.device_of(c))
@@ -1106,7 +1106,7 @@ def evaluate(c, folder, cells, n=32, k=8):
             right = train.sampled(model, qs, n, mode)
             cell = row[f"{domain} {operands}"] = {
                 "exact": [float(arithmetic.verify(q, a)) for q, (_, a) in zip(qs, train.respond(model, qs, mode))],
-                "pass": [train.pass_at_k(n, r, k) for r in right], "mg": [train.mg_pass_at_k(n, r, k) for r in right]}
+                "pass": [train.pass_at_k(n, r, k) for r, _ in right], "mg": [train.mg_pass_at_k(n, r, k) for r, _ in right], "form": [f / n for _, f in right]}
             if "algo" in state["config"] and state["config"]["algo"] != "none":
                 m, inner, _ = meta.load_meta(folder / "ckpt.pt", model.head.weight.device)
                 rng = random.Random(f"{domain}/{operands}")
@@ -1115,7 +1115,7 @@ def evaluate(c, folder, cells, n=32, k=8):
         train.write(path, kept | {key: row})
     return json.loads(path.read_text())[key]
 
-METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "weights": "exact match, theta'"}
+METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "form": "in form", "weights": "exact match, theta'"}
 
 def contest(c, arms, cells="expr:3,4", n=32):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
@@ -1126,7 +1126,10 @@ def contest(c, arms, cells="expr:3,4", n=32):
         metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
         scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
         runs = [[json.loads((s[1] / "summary.json").read_text()) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
-        numbers[name] = {"flags": arms[name], "checksums": [train.checksum(f / "ckpt.pt") for f in folders], **{m: crossed(v) for m, v in scores[name].items()},
+        logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+        trend = {key: [[round(float(np.mean([line[key] for line in part])), 4) for part in (log[:10], log[-10:])] for log in logs]
+                 for key in ("reward", "preferred") if key in logs[0][0]}   # first and last ten steps, a pair a seed
+        numbers[name] = {"flags": arms[name], **trend, "checksums": [train.checksum(f / "ckpt.pt") for f in folders], **{m: crossed(v) for m, v in scores[name].items()},
                          "by_cell": {cell: round(float(np.mean([row[cell]["exact"] for row in rows])), 4) for cell in rows[0]},
                          "seconds": round(float(np.mean([sum(s["seconds"] for s in r) for r in runs])), 1),
                          "tokens": round(float(np.mean([sum(s.get("tokens", 0) for s in r) for r in runs])))}
@@ -1147,7 +1150,7 @@ def arms_on(ax, rows, **labels):
 
 def bars(scores, numbers, title=""):
     """A panel a metric."""
-    metrics = [m for m in METRICS if any(m in s for s in scores.values())]
+    metrics = [m for m in METRICS if m != "form" and any(m in s for s in scores.values())]
     fig, axes = plt.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 0.45 * len(scores) + 1.2), sharey=metrics[-1] != "weights", squeeze=False)
     for ax, m in zip(axes[0], metrics):
         arms_on(ax, {name: (numbers[name][m], s[m].mean(1)) for name, s in scores.items() if m in s}, xlabel=METRICS[m])
@@ -1163,6 +1166,8 @@ def compare(c, model=None):
     gaps = gaps_of(scores, [(a, c.arm[0]) for a in c.arm[1:]])
     for name, row in numbers.items():
         print(f"{name}\n    " + "  ".join(f"{METRICS[m]} {row[m][0]:.3f} [{row[m][1]:.3f}, {row[m][2]:.3f}]" for m in METRICS if m in row) + f"  {row['seconds']} s")
+        for key in {"reward", "preferred"} & {*row}:
+            print(f"    {key}, first and last ten steps of every seed: " + ", ".join(f"{a:.2f} to {b:.2f}" for a, b in row[key]))
     for name, g in gaps.items():
         print(f"{name}: {g[0]:+.3f} [{g[1]:+.3f}, {g[2]:+.3f}]")
     return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds"), {"claim": "a comparison", "verdict": "measured", "numbers": {"arms": numbers, "gaps": gaps}}
@@ -1171,8 +1176,8 @@ def compare(c, model=None):
 BASE = "--steps=500 --domains=expr --style=long,short,filler"              # knows how to think, and as many habits that do not help
 RL = "--method=grpo --domains=expr --operands=3,4"
 SFT = "--domains=expr --steps"
-METHODS = {"base": BASE, "SFT": f"{BASE} | {SFT}=600", "GRPO": f"{BASE} | {RL} --steps=70", "SFT, then GRPO": f"{BASE} | {SFT}=300 | {RL} --steps=35",
-           "SFT, then DPO": f"{BASE} | {SFT}=300 | --method=dpo --domains=expr --operands=3,4 --steps=40"}
+METHODS = {"base": BASE, "SFT": f"{BASE} | {SFT}=600", "GRPO": f"{BASE} | {RL} --steps=80", "SFT, then GRPO": f"{BASE} | {SFT}=300 | {RL} --steps=40",
+           "SFT, then DPO": f"{BASE} | {SFT}=300 | --method=dpo --domains=expr --operands=3,4 --steps=80"}
 LENGTHS = {"short": "--steps=300 --domains=expr --operands=3,4 --style=short", "long": "--steps=300 --domains=expr --operands=3,4",
            "padded short": "--steps=300 --domains=expr --operands=3,4 --style=padded", "short, as many tokens": "--steps=368 --domains=expr --operands=3,4 --style=short"}
 POOL = "--steps=400 --domains=sum --operands=4"

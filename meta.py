@@ -425,7 +425,7 @@ def meta(c, given):
     cells = {c.domain: (*counts, max(counts) + 1)}
     keeps = {d: ks for d, ks in train.CELLS.items() if d == c.domain}
     before, _ = train.exact_match(model, keeps, c.questions)
-    seconds = train.fit(c, model, opts, step, inner)
+    seconds, _ = train.fit(c, model, opts, step, inner)
     after, _ = train.exact_match(model, keeps, c.questions)
     table = shares(exact_match(model, None if c.algo == "none" else inner, cells, c.questions, c.inner))
     print(show_table(table))

@@ -23,6 +23,8 @@ class Config:
     heads: int = 4
     width: int = 128
     ratio: int = 4                                                          # hidden units of the MLP / width
+    gpt2: bool = False                                                      # GPT-2's block instead of ours, for comparison
+    context: int = 256                                                      # gpt2: positions there are
 
 
 def norm(x):
@@ -35,20 +37,22 @@ def rotary(pos, dim):
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 def rotate(x, cos, sin):
-    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)
 
 def attention(q, k, v, bias=None, plain=None):
-    """softmax(q k^T / sqrt(D) + bias) v. q (B, H, T, D), k and v (B, H, S, D), bias (B or 1, 1, T, S) 0 or -inf; None: causal, T = S.
+    """softmax(q k^T / sqrt(D) + bias) v. q (B, H, T, D), k and v (B, H, S, D), bias (B or 1, 1, T, S) 0 or -inf; None: causal where
+    T = S, and a single query sees everything.
 
     plain=True writes the formula out, False takes the fused kernel, None chooses. Fused kernels have no double backward
     (pytorch#116350), so whoever differentiates a gradient asks for plain; and on a CPU plain is twice as fast below 128 keys."""
     if plain is None:
         plain = q.device.type == "cpu" and k.size(-2) < 128
     if not plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
-    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None and q.size(-2) > 1)
+    if bias is None and q.size(-2) > 1:
         bias = torch.full((q.size(-2), k.size(-2)), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    return (q / math.sqrt(q.size(-1)) @ k.mT + bias).softmax(-1) @ v
+    scores = q / math.sqrt(q.size(-1)) @ k.mT
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 class Linear(nn.Linear):
@@ -65,7 +69,8 @@ class Linear(nn.Linear):
 class Block(nn.Module):
     def __init__(self, c, i):
         super().__init__()
-        self.heads = c.heads
+        self.heads, self.act = c.heads, F.gelu if c.gpt2 else F.relu
+        self.norm1, self.norm2 = (nn.LayerNorm(c.width, elementwise_affine=c.gpt2, bias=False) for _ in range(2))
         self.qkv = Linear(f"{i}.qkv", c.width, 3 * c.width)
         self.out = Linear(f"{i}.out", c.width, c.width)
         self.up = Linear(f"{i}.up", c.width, c.ratio * c.width)
@@ -73,17 +78,17 @@ class Block(nn.Module):
 
     def forward(self, x, turn, bias, cache, slot, hook, plain, detach):     # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.qkv(norm(x), hook).view(B, T, 3 * self.heads, -1).split(self.heads, 2)        # (B, T, H, D) each
-        q, k, v = (a.transpose(1, 2) for a in (rotate(norm(q), *turn), rotate(norm(k), *turn), v))   # (B, H, T, D)
+        qk, v = self.qkv(self.norm1(x), hook).view(B, T, 3 * self.heads, -1).split((2 * self.heads, self.heads), 2)
+        q, k = (qk if turn is None else rotate(norm(qk), *turn)).transpose(1, 2).split(self.heads, 1)
+        v = v.transpose(1, 2)                                               # q, k, v (B, H, T, D)
         if detach is not None:                                              # cut the path answer -> trajectory (Eq. 8's second order)
             k, v = (torch.where(detach[:, None, :, None], a.detach(), a) for a in (k, v))
         if cache is not None:
-            row = torch.arange(B, device=x.device)[:, None]
-            cache[0][row, :, slot], cache[1][row, :, slot] = k.transpose(1, 2), v.transpose(1, 2)
-            k, v = cache[:, :, :, :bias.size(-1)]
+            cache[0][:, :, slot], cache[1][:, :, slot] = k, v
+            k, v = cache[:, :, :, :slot.stop if bias is None else bias.size(-1)]
         y = attention(q, k, v, bias, plain)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C), hook)
-        return x + self.down(self.up(norm(x), hook).relu(), hook)
+        return x + self.down(self.act(self.up(self.norm2(x), hook)), hook)
 
 
 class Model(nn.Module):
@@ -96,26 +101,34 @@ class Model(nn.Module):
         self.embed = nn.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.norm = nn.LayerNorm(c.width, elementwise_affine=c.gpt2, bias=False)
+        if c.gpt2:
+            self.place, self.head.weight = nn.Embedding(c.context, c.width), self.embed.weight
+            for p in self.parameters():
+                if p.ndim == 2:
+                    nn.init.normal_(p, std=0.02)
         for b in self.blocks:
-            nn.init.zeros_(b.out.weight)
-            nn.init.zeros_(b.down.weight)
+            for layer in (b.out, b.down):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * c.layers)) if c.gpt2 else nn.init.zeros_(layer.weight)
 
     def forward(self, ids, pos=None, mask=None, cache=None, slot=None, hook=None, plain_from=None, detach=None):
         """ids (B, T) -> normalised hidden states (B, T, C).
 
         pos (B or 1, T): positions, default 0..T-1. mask (B or 1, 1, T, S): who sees whom, default causal.
-        cache: from `new_cache`; keys and values go to `slot` (B or 1, T; default pos) and the first S slots are looked at (S from mask).
+        cache: from `new_cache`; keys and values go to `slot` (a slice; default the first T) and the first S slots are looked at (S from
+        mask; without one, up to the end of slot).
         hook: see above. plain_from: the first block that must survive a second differentiation. detach (B, T): positions whose
         keys and values pass no gradient."""
         if pos is None:
             pos = torch.arange(ids.size(1), device=ids.device)[None]
-        x = self.embed(ids)
-        turn = rotary(pos, self.config.width // self.config.heads)
+        x, c = self.embed(ids), self.config
+        slot = slice(0, ids.size(1)) if slot is None else slot
+        x, turn = (x + self.place(pos), None) if c.gpt2 else (x, rotary(pos, c.width // c.heads))
         bias = None if mask is None else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         for i, block in enumerate(self.blocks):
             plain = True if plain_from is not None and i >= plain_from else None
-            x = block(x, turn, bias, None if cache is None else cache[i], pos if slot is None else slot, hook, plain, detach)
-        return norm(x)
+            x = block(x, turn, bias, None if cache is None else cache[i], slot, hook, plain, detach)
+        return self.norm(x)
 
     def logits(self, h):
         return self.head(h).float() if h.dtype == torch.bfloat16 else self.head(h)
@@ -137,25 +150,24 @@ class Model(nn.Module):
         return torch.zeros(c.layers, 2, batch, c.heads, length, c.width // c.heads, dtype=w.dtype, device=w.device)
 
     @torch.compiler.set_stance("force_eager")                               # shapes change with every token: compiling again costs more
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0, generator=None, pad=0, hook=None):
         """Continues every prompt (lists of ids, any lengths) until `stop` -> list of lists of new ids, without `stop`.
 
-        temperature 0 is greedy; top_k and top_p (1904.09751) cut the tail first. Prompts are padded on the right; each row writes its
-        cache at its own position, and the padding it wrote is overwritten before anybody may look. The host asks the device
-        whether all are done every 8 tokens only."""
+        temperature 0 is greedy; top_k and top_p (1904.09751) cut the tail first. Prompts are padded on the left, so that all rows
+        write the same slot of the cache. The host asks the device whether all are done every 8 tokens only."""
         device, B = self.head.weight.device, len(prompts)
         if not B or not min(map(len, prompts)):
             raise ValueError("generate needs at least one prompt, and none of them empty")
-        sizes = torch.tensor([len(p) for p in prompts])
-        T = int(sizes.max())
-        ids = torch.full((B, T), pad)
-        for row, p in zip(ids, prompts):
-            row[:len(p)] = torch.tensor(p)
-        ids, pos = ids.to(device), sizes.to(device)[:, None]                # pos: where a row's next token goes
-        cache, slots = self.new_cache(B, T + max_new), torch.arange(T + max_new, device=device)
-        h = self(ids, mask=(slots[:T, None] >= slots[:T])[None, None], cache=cache, hook=hook)
-        h = h.gather(1, (pos - 1)[..., None].expand(-1, -1, h.size(-1)))    # (B, 1, C), each row's last
+        T = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (T - len(p)) + p for p in prompts], device=device)
+        begin = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]                  # a row's first slot that is no padding
+        at = torch.arange(T + max_new, device=device)
+        pos, seen = (at - begin).clamp(min=0), (at >= begin)[:, None, None] if min(map(len, prompts)) < T else None
+        cache, mask = self.new_cache(B, T + max_new), (at[:T, None] >= at[:T])[None, None]
+        if seen is not None:                                                # padding sees padding: nothing at all would be 0 / 0
+            mask = mask & (seen[..., :T] | ~seen[..., :T].mT)
+        h = self(ids, pos[:, :T], mask, cache, hook=hook)[:, -1:]           # (B, 1, C)
         out, done = torch.full((B, max_new), stop, device=device), torch.zeros(B, dtype=torch.bool, device=device)
         for i in range(max_new):
             new = sample(self.logits(h[:, 0]), temperature, top_k, top_p, generator)
@@ -164,8 +176,7 @@ class Model(nn.Module):
             if i + 1 == max_new or (i % 8 == 7 or device.type == "cpu") and bool(done.all()):
                 break
             S = T + i + 1
-            h = self(out[:, i:i + 1], pos=pos, mask=(slots[:S] <= pos)[:, None, None], cache=cache, hook=hook)
-            pos = pos + 1
+            h = self(out[:, i:i + 1], pos[:, S - 1:S], None if seen is None else seen[..., :S], cache, slice(S - 1, S), hook)
         rows = out.tolist()
         return [r[:r.index(stop)] if stop in r else r for r in rows]
 

@@ -27,6 +27,9 @@ from data import arithmetic
 from data.flags import fail, flags
 
 
+RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))    # of this process; torchrun sets them
+
+
 # ----------------------------------------------------------------------------------------------------------------------- flags
 
 @dataclass
@@ -42,10 +45,11 @@ class Train:
     seed: int = 0                   # of weights and data
     steps: int = 1600               # optimiser steps
     batch: int = 64                 # samples a step (grpo, dpo: trajectories)
-    chunks: int = 2                 # pieces of equal length that a batch is cut into, gradients summed
+    chunks: int = 1                 # pieces that a batch is cut into, gradients summed: less memory
     layers: int = 4                 # transformer blocks
     heads: int = 4                  # attention heads a block
     width: int = 96                 # channels
+    recipe: str = "ours"            # sft: ours; adamw, in Muon's place; nanogpt, GPT-2's block and nanoGPT's optimiser, for comparison
     lr: float = 0.02                # of Muon, for the hidden matrices
     lr_adam: float = 0.02           # of AdamW, for embedding and head
     warmup: int = 20                # steps of linear warm-up
@@ -65,6 +69,7 @@ class Train:
     kl: float = 0.0                 # grpo: weight of the divergence from --init
     beta: float = 0.1               # dpo: how far the preferences may pull from --init
     max_new: int = 64               # grpo, dpo: tokens of a sampled trajectory with its answer
+    until: float = 0.0              # sft: stop once this share of validation questions is right (4 operands of the first domain), 0: never
     questions: int = 200            # held-out questions a cell of the evaluation
     save_every: int = 100           # steps between checkpoints
     device: str = "auto"            # cpu, cuda, or auto
@@ -72,8 +77,9 @@ class Train:
     compile: str = "auto"           # yes, no, or auto: on CUDA
     threads: int = 0                # CPU threads, 0: as many as torch chooses
 
-PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000, "chunks": 1}}
+PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000}}
 OWN = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3, "save_every": 25}      # defaults of grpo and dpo
+RECIPES = {"ours": {}, "adamw": {"lr": 0.003}, "nanogpt": {"lr": 0.001, "warmup": 100}}                   # and of recipes
 ONLY = {"grpo": ("update", "adv", "epochs", "eps", "kl"), "dpo": ("beta",)}
 
 
@@ -84,8 +90,12 @@ def check(c, given):
             for name in names:
                 if name in given and c.method != method:
                     fail(f"--{name} is for --method={method}")
-        if c.method == "sft" and {"group", "max_new"} & {*given} or c.method != "sft" and {"style", "direct", "cut", "support", "chunks"} & {*given}:
-            fail(f"--method={c.method} has no use for --{min({'group', 'max_new', 'style', 'direct', 'cut', 'support', 'chunks'} & {*given})}")
+        if c.method == "sft" and {"group", "max_new"} & {*given} or c.method != "sft" and {"style", "direct", "cut", "support", "chunks", "recipe", "until"} & {*given}:
+            fail(f"--method={c.method} has no use for --{min({'group', 'max_new', 'style', 'direct', 'cut', 'support', 'chunks', 'recipe', 'until'} & {*given})}")
+        if c.method != "sft" and WORLD > 1:
+            fail(f"--method={c.method} runs in one process, without torchrun")
+        if c.recipe != "ours" and c.init:
+            fail("--recipe is the shape of a new model: leave --init out")
         if c.method != "sft" and not c.init:
             fail(f"--method={c.method} learns from the trajectories of a trained model: give one with --init=RUN/ckpt.pt")
         batch = given.get("batch", OWN["batch"])
@@ -117,7 +127,9 @@ def check(c, given):
 if __name__ == "__main__":
     COMMAND = check(*flags(Train))                                          # before the seconds that torch takes to import
 
+import numpy as np                                                          # noqa: E402
 import torch                                                                # noqa: E402
+import torch.distributed as dist                                            # noqa: E402
 from tqdm import tqdm                                                       # noqa: E402
 
 from data import text                                                       # noqa: E402
@@ -139,6 +151,10 @@ def device_of(c):
     if c.device == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda, but torch finds no CUDA device")
     device = torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))            # what "cuda" means from here on
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")                          # TF32 for what autocast leaves in float32
     return device
@@ -244,21 +260,46 @@ class Muon(torch.optim.Optimizer):
             x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
         return x.float()
 
-def optimisers(model, lr, lr_adam):
-    """Muon for the matrices of the blocks, AdamW for embedding and head."""
-    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-    rest = [model.embed.weight, model.head.weight]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=rest[0].is_cuda)]
+def optimisers(model, lr, lr_adam, recipe="ours"):
+    """ours: Muon for the matrices of the blocks, AdamW for embedding and head. adamw: AdamW for both. nanogpt: one AdamW as in nanoGPT."""
+    hidden, fused = [p for p in model.blocks.parameters() if p.ndim == 2], model.head.weight.is_cuda
+    if recipe == "nanogpt":
+        groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == big], "weight_decay": 0.1 * big} for big in (True, False)]
+        return [torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=fused)]
+    adamw = lambda params, lr: torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    return [Muon(hidden, lr) if recipe == "ours" else adamw(hidden, lr), adamw([model.embed.weight, model.head.weight], lr_adam)]
+
+def together(params, numbers):
+    """Sums gradients, and numbers to log, over the processes of a torchrun in one all-reduce. -> numbers"""
+    if WORLD == 1:
+        return numbers
+    params = [p for p in params if p.requires_grad]
+    for p in params:                                                        # a process whose share was empty
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten() for p in params] + [torch.stack([torch.as_tensor(v, device=params[0].device, dtype=params[0].dtype) for v in numbers.values()])])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([*(p.numel() for p in params), len(numbers)])):
+        p.grad.copy_(g.view_as(p))
+    return dict(zip(numbers, flat[-len(numbers):].tolist()))
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop around it
 
-def fit(c, model, opts, step, extra=None):
+def linear(c, i):
+    """The rate of step i: warm-up, then level, then linearly to 0."""
+    return min(1, (i + 1) / max(1, c.warmup), (c.steps - i) / max(1, c.decay * c.steps))
+
+def cosine(c, i):
+    """nanoGPT's: warm-up, then a cosine to a tenth."""
+    return min((i + 1) / max(1, c.warmup), 0.55 + 0.45 * math.cos(math.pi * i / c.steps))
+
+def fit(c, model, opts, step, extra=None, rate=linear, reached=None):
     """c.steps times: `step(i)` leaves gradients and returns numbers to log; then the optimisers. Checkpoints, log, resume, signals.
 
-    Writes metrics.jsonl (one line a step) and ckpt.pt to c.out; `extra` is a further module for the checkpoint. Stops with
+    Writes metrics.jsonl (one line a step) and ckpt.pt to c.out; `extra` is a further module for the checkpoint. Ends early where
+    `reached(steps done)`, whose time does not count, says so. Of the processes of a torchrun the first one writes. Stops with
     exit code 1 at a loss that is not finite (the last good checkpoint stays), 130 / 143 after SIGINT / SIGTERM (saved first).
-    -> seconds of training, over all sittings."""
+    -> (seconds of training, over all sittings, and steps done)."""
     out, start, seconds = Path(c.out), 0, 0.0
     ckpt, log_path = out / "ckpt.pt", out / "metrics.jsonl"
     lines = []
@@ -272,12 +313,16 @@ def fit(c, model, opts, step, extra=None):
         start, seconds = state["step"], state["seconds"]
         lines = log_path.read_text().splitlines()[:start]
     else:
-        for name in ("ckpt.pt", "summary.json"):                            # --overwrite was given, or there are none
+        for name in ("ckpt.pt", "summary.json") if RANK == 0 else ():       # --overwrite was given, or there are none
             (out / name).unlink(missing_ok=True)
-        write(out / "config.json", asdict(c))
-    write(log_path, "".join(line + "\n" for line in lines))
+    if RANK == 0:
+        if not c.resume:
+            write(out / "config.json", asdict(c))
+        write(log_path, "".join(line + "\n" for line in lines))
 
     def checkpoint(done):
+        if RANK:
+            return
         log.flush()
         save(ckpt, model=model.state(), optimisers=[o.state_dict() for o in opts], step=done, seconds=seconds, config=asdict(c),
              extra=None if extra is None else extra.state_dict())
@@ -288,13 +333,13 @@ def fit(c, model, opts, step, extra=None):
         for g in o.param_groups:
             g.setdefault("base", g["lr"])
     try:
-        with open(log_path, "a") as log, tqdm(total=c.steps, initial=start, unit="step", disable=QUIET or None, dynamic_ncols=True) as bar:
+        with open(os.devnull if RANK else log_path, "a") as log, \
+             tqdm(total=c.steps, initial=start, unit="step", disable=QUIET or RANK > 0 or None, dynamic_ncols=True) as bar:
             for i in range(start, c.steps):
                 began = time.perf_counter()
-                scale = min(1, (i + 1) / max(1, c.warmup), (c.steps - i) / max(1, c.decay * c.steps))
                 for o in opts:
                     for g in o.param_groups:
-                        g["lr"] = g["base"] * scale
+                        g["lr"] = g["base"] * rate(c, i)
                 numbers = step(i)
                 if not all(math.isfinite(v) for v in numbers.values()):
                     print(f"error: step {i}: {numbers} is not finite; try a smaller --lr" + f" (the last checkpoint, {ckpt}, is good)" * ckpt.exists(),
@@ -307,15 +352,22 @@ def fit(c, model, opts, step, extra=None):
                 log.write(json.dumps({"step": i, **numbers, "seconds": round(seconds, 3)}) + "\n")
                 bar.set_postfix({k: f"{v:.3f}" for k, v in numbers.items() if k != "tokens"}, refresh=False)
                 bar.update()
-                if (i + 1) % c.save_every == 0 or i + 1 == c.steps or caught:
+                if WORLD > 1:                                               # all stop after the same step
+                    signals = torch.tensor(max(caught, default=0), device=next(model.parameters()).device)
+                    dist.all_reduce(signals, dist.ReduceOp.MAX)
+                    caught = [int(signals)] * bool(signals)
+                enough = reached is not None and not caught and reached(i + 1)
+                if (i + 1) % c.save_every == 0 or i + 1 == c.steps or caught or enough:
                     checkpoint(i + 1)
+                if enough:
+                    return seconds, i + 1
                 if caught:
-                    print(f"\nstopped; go on with: python {Path(sys.argv[0]).name} --out={c.out} --resume", file=sys.stderr)
+                    RANK or print(f"\nstopped; go on with: python {Path(sys.argv[0]).name} --out={c.out} --resume", file=sys.stderr)
                     raise SystemExit(128 + caught[0])
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
-    return seconds
+    return seconds, c.steps
 
 def prepare(c, given):
     """Looks at c.out before a run and changes nothing: refuses to replace a run unasked; with --resume takes the config that it
@@ -370,13 +422,14 @@ def mg_pass_at_k(n, c, k):
     return 2 / k * sum(at_least(i) for i in range(math.ceil(k / 2) + 1, k + 1))
 
 def sampled(model, questions, n, mode="trajectory", seed=0, size=1024):
-    """How many of n outputs sampled at temperature 1 are right, a question -> list of int."""
+    """n outputs a question, sampled at temperature 1 -> [(how many are right, how many give a plain number as answer)]."""
     generator, asked = torch.Generator(model.head.weight.device).manual_seed(seed), [q for q in questions for _ in range(n)]
-    right = []
+    out = []
     for i in range(0, len(asked), size):
         part = asked[i:i + size]
-        right += [arithmetic.verify(q, a) for q, (_, a) in zip(part, respond(model, part, mode, temperature=1.0, generator=generator))]
-    return [sum(right[i:i + n]) for i in range(0, len(right), n)]
+        out += [(arithmetic.verify(q, a), arithmetic.number(a) is not None)
+                for q, (_, a) in zip(part, respond(model, part, mode, temperature=1.0, generator=generator))]
+    return [tuple(map(sum, zip(*out[i:i + n]))) for i in range(0, len(out), n)]
 
 def exact_match(model, cells, n, seed=0, size=1024):
     """{domain: {operands: {mode: share right}}} over n held-out questions a cell, and a few mistakes as text."""
@@ -420,19 +473,22 @@ def sft_step(c, model, mix, low):
     """Cross-entropy on trajectories and answers that somebody wrote: off-policy, one number a token."""
     device = model.head.weight.device
     ahead, pending = ThreadPoolExecutor(1), {}                              # the next batch is made while this one is learned
-    make = lambda i: ahead.submit(text.batch_at, i, c.batch, mix, c.seed, device, c.chunks)
+    make = lambda i: ahead.submit(text.batch_at, i, c.batch, mix, c.seed, device)
 
     def step(i):
-        chunks = (pending.pop(i, None) or make(i)).result()
+        batch = (pending.pop(i, None) or make(i)).result()
         pending[i + 1] = make(i + 1)
-        n = sum((y >= 0).sum() for _, y in chunks)
-        total = 0.0
-        for x, y in chunks:
+        n, numbers = (batch.targets >= 0).sum(), {"loss": 0.0, "tokens": 0.0}
+        own = text.Batch(*(t[RANK::WORLD] for t in batch))                  # this process's share
+        for part in map(text.Batch._make, zip(*(t.chunk(c.chunks) for t in own))):
             with low:
-                loss = model.nll(x, y).sum() / n
+                loss = model.nll(part.ids, part.targets, pos=part.pos, mask=part.mask()).sum() / n
             loss.backward()
-            total = total + loss.detach()
-        return {"loss": float(total), "tokens": sum(x.numel() for x, _ in chunks)}
+            numbers = {"loss": numbers["loss"] + loss.detach(), "tokens": numbers["tokens"] + (part.sample > 0).sum()}
+        numbers = together(model.parameters(), numbers)
+        if c.recipe == "nanogpt":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return {"loss": float(numbers["loss"]), "tokens": int(numbers["tokens"])}
     return step
 
 def rollouts(model, questions, c, seed):
@@ -539,7 +595,7 @@ def train(c, given):
     check(c, given)
     if not c.resume:
         name = c.preset if c.preset != "auto" else "gpu" if torch.cuda.is_available() and c.device != "cpu" else "tiny"
-        c = Train(**{**PRESETS[name], **(OWN if c.method != "sft" else {}), **given, "preset": name})
+        c = Train(**{**PRESETS[name], **(OWN if c.method != "sft" else RECIPES[c.recipe]), **given, "preset": name})
     c = prepare(c, given)
     device = device_of(c)
     torch.manual_seed(c.seed)
@@ -552,21 +608,26 @@ def train(c, given):
                 fail(f"--{k}={getattr(c, k)}, but the model in {c.init} has {shape[k]}")
         c = replace(c, **shape)
     else:
-        model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
+        model = Model(Config(text.VOCAB, c.layers, c.heads, c.width, gpt2=c.recipe == "nanogpt")).to(device)
     if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
         for b in model.blocks:
             b.compile(dynamic=True)
     low = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda")
-    opts = optimisers(model, c.lr, c.lr_adam)
+    opts = optimisers(model, c.lr, c.lr_adam, c.recipe)
     if c.method == "sft":
         step = sft_step(c, model, mix, low)
     else:
         step = {"grpo": grpo_step, "dpo": dpo_step}[c.method](c, model, mix, low, opts, load_model(c.init, device)[0].requires_grad_(False))
-    seconds = fit(c, model, opts, step)
+    domain = c.domains.split(",")[0]
+    goal = held_out(domain, 4, 200, "val") if c.until else []
+    reached = lambda done: done % 20 == 0 and np.mean([arithmetic.verify(q, a) for q, (_, a) in zip(goal, respond(model, goal))]) >= c.until
+    seconds, done = fit(c, model, opts, step, rate=cosine if c.recipe == "nanogpt" else linear, reached=reached if c.until else None)
+    if RANK:
+        return {}
     table, mistakes = exact_match(model, CELLS, c.questions)
     print(show_table(table))
     print("\n".join(["a few mistakes:", *mistakes[:5]]) if mistakes else "no mistakes on held-out questions of trained sizes")
-    summary = {"exact_match": table, "mistakes": mistakes[:20], "seconds": round(seconds, 1), "steps": c.steps,
+    summary = {"exact_match": table, "mistakes": mistakes[:20], "seconds": round(seconds, 1), "steps": done,
                "tokens": sum(json.loads(line)["tokens"] for line in (Path(c.out) / "metrics.jsonl").read_text().splitlines()),
                "parameters": sum(p.numel() for p in model.parameters()), "device": device_name(device), "torch": torch.__version__,
                "revision": revision(), "config": asdict(c)}
@@ -594,6 +655,9 @@ def command(main):
     except OSError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:
+        if WORLD > 1 and ("peer" in str(e) or isinstance(e, dist.DistError)):
+            print("error: another process of this run has ended; the last checkpoint stands: go on with --resume", file=sys.stderr)
+            raise SystemExit(1) from None
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             fail("out of memory: a smaller --batch needs less, and so do more --chunks")
         raise

@@ -112,18 +112,34 @@ def test_batches_teach_exactly_what_their_examples_say():
     kinds = set()
     for _ in range(300):
         e = mix.sample(rng)
-        (x, y), = text.batch([e])
-        learned = text.decode([i for i in y[0].tolist() if i >= 0])
+        b = text.batch([e])
+        learned = text.decode([i for i in b.targets[0].tolist() if i >= 0])
         full = f"{e.think}</think>{e.answer}<eos>"
         assert learned == {"all": full, "cut": f"{e.think}{e.answer}<eos>", "answer": f"{e.answer}<eos>"}[e.learn]
-        assert text.decode(x[0].tolist()) == f"<bos>{e.question}<think>{full}".removesuffix("<eos>")
+        assert text.decode(b.ids[b.sample > 0].tolist()) == f"<bos>{e.question}<think>{full}".removesuffix("<eos>")
         kinds.add(e.learn)
     assert kinds == {"all", "cut", "answer"}
 
 
-def test_batch_is_a_function_of_seed_and_step_and_chunking_keeps_every_sample():
-    mix = text.Mix()
+def test_batch_is_a_function_of_seed_and_step_and_packing_keeps_every_sample_once():
+    mix, rng = text.Mix(), random.Random("0/7")
     a, b = (text.batch_at(7, 64, mix, 0) for _ in range(2))
-    assert all(torch.equal(u, v) for u, v in zip(a[0], b[0]))
-    texts = lambda pairs: sorted(text.decode([i for i in r if i not in (text.PAD, text.EOS)]) for x, _ in pairs for r in x.tolist())
-    assert texts(a) == texts(text.batch_at(7, 64, mix, 0, chunks=5)) and not torch.equal(a[0][0], text.batch_at(8, 64, mix, 0)[0][0])
+    assert all(torch.equal(u, v) for u, v in zip(a, b)) and not torch.equal(a.ids[:20], text.batch_at(8, 64, mix, 0).ids[:20])
+    alone = [text.batch([mix.sample(rng)], room=1) for _ in range(64)]
+    triples = lambda b: [tuple(map(tuple, (b.ids[r][m].tolist(), b.targets[r][m].tolist(), b.pos[r][m].tolist())))
+                         for r in range(len(b.ids)) for n in range(1, int(b.sample[r].max()) + 1) for m in [b.sample[r] == n]]
+    assert sorted(triples(a)) == sorted(t for b in alone for t in triples(b)) and (a.sample > 0).float().mean() > 0.85
+    assert (a.ids[a.sample == 0] == text.PAD).all() and (a.targets[a.sample == 0] == text.IGNORE).all()
+
+
+def test_packed_samples_do_not_see_each_other(tiny):
+    """Loss and gradients of a packed batch are those of its samples, one at a time."""
+    rng, mix = random.Random(3), text.Mix()
+    examples = [mix.sample(rng) for _ in range(12)]
+    def gradients(batches):
+        total = sum(tiny.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum() for b in batches)
+        return torch.autograd.grad(total, list(tiny.parameters()))
+    packed = text.batch(examples)
+    assert len(packed.ids) < 12
+    for g, h in zip(gradients([packed]), gradients([text.batch([e], room=1) for e in examples])):
+        torch.testing.assert_close(g, h, rtol=0, atol=1e-12)

@@ -42,13 +42,15 @@ def test_cached_generation_equals_uncached_for_ragged_prompts(tiny):
         assert ids[len(prompt):] == out
 
 
-def test_cached_logits_equal_uncached_ones(tiny):
-    """Token by token through the cache, each row at its own position."""
-    x = torch.randint(0, 20, (3, 10))
-    full, cache, slots = tiny.logits(tiny(x)), tiny.new_cache(3, 10), torch.arange(10)
+@pytest.mark.parametrize("gpt2", (False, True))
+def test_cached_logits_equal_uncached_ones(tiny, gpt2):
+    """Token by token through the cache, behind two slots of padding."""
+    tiny = Model(Config(text.VOCAB, 2, 2, 16, gpt2=True)).double() if gpt2 else tiny
+    x, junk = torch.randint(0, 20, (3, 10)), torch.zeros(3, 2, dtype=torch.int64)
+    full, cache, at = tiny.logits(tiny(x)), tiny.new_cache(3, 12), torch.arange(12)
+    tiny(junk, cache=cache)
     for t in range(10):
-        pos = torch.full((3, 1), t)
-        h = tiny(x[:, t:t + 1], pos=pos, mask=(slots <= pos)[:, None, None], cache=cache)
+        h = tiny(x[:, t:t + 1], at[t:t + 1][None], (at[:t + 3] >= 2)[None, None, None], cache, slice(t + 2, t + 3))
         torch.testing.assert_close(tiny.logits(h)[:, 0], full[:, t], rtol=0, atol=1e-12)
 
 

@@ -107,7 +107,7 @@ def test_log_probabilities_of_rollouts_are_those_of_a_full_forward_and_of_the_ca
         h = tiny(torch.tensor([head]), mask=(at[:, None] >= at)[None, None], cache=cache)
         for j, t in enumerate(row):
             cached.append(tiny.logits(h[:, -1])[0].log_softmax(-1)[t])
-            h = tiny(torch.tensor([[t]]), pos=torch.tensor([[len(head) + j]]), mask=torch.ones(1, 1, 1, len(head) + j + 1, dtype=torch.bool), cache=cache)
+            h = tiny(torch.tensor([[t]]), pos=torch.tensor([[len(head) + j]]), cache=cache, slot=slice(len(head) + j, len(head) + j + 1))
         torch.testing.assert_close(l[m], torch.stack(cached), rtol=0, atol=1e-12)
 
 
