@@ -4,9 +4,12 @@
     python analyze.py curve --questions=400      # one experiment, here the answer's loss along the trajectory
 """
 import contextlib
+import copy
+import ctypes
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -19,7 +22,7 @@ from data import arithmetic
 from data.flags import fail, flags
 
 TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimiter", "prune")            # what runs unasked, on a trained model
-TRAINING = ("compare", "methods", "length", "generalize", "support")        # these train what they need
+TRAINING = ("compare", "methods", "length", "generalize", "support", "race")        # these train what they need
 NAMES = (*TOUR, "order", "speed", *TRAINING, "report")
 
 
@@ -57,6 +60,8 @@ def cells_of(spec):
 def command_line():
     """-> (names of experiments, an Analyze)."""
     names = [a for a in sys.argv[1:] if not a.startswith("-")]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("analyze.py runs in one process, without torchrun")
     for n in names:
         if n not in NAMES:
             fail(f"there is no experiment {n!r}: choose from {', '.join(NAMES)}")
@@ -82,6 +87,7 @@ from tqdm import tqdm                                                       # no
 import meta                                                                 # noqa: E402
 import train                                                                # noqa: E402
 from data import text                                                       # noqa: E402
+from model import Config, Model, attention                                  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt                                             # noqa: E402 (the backend must be chosen first)
@@ -1255,17 +1261,39 @@ def support(c, model=None):
 
 # -------------------------------------------------------------------------------------------------------------------------- speed
 
-def ratio(slow, fast, repeats=5):
-    """How many times longer `slow` takes than `fast`: warmed up, interleaved, in this process. -> {median, minimum, maximum}."""
-    def clock(f):
-        began = time.perf_counter()
+def clock(f):
+    """Seconds of f(), device included."""
+    began = time.perf_counter()
+    f()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+def peak(f):
+    """MiB that f() holds at most beyond what stood before it; None where nobody counts (neither CUDA nor Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         f()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                    # what is kept for later would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")                       # sets the high-water mark back
+        at = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+        before = at("VmRSS")
+        f()
+        return at("VmHWM") - before
+    except (OSError, AttributeError, TypeError):
+        return None
+
+def ratio(slow, fast, repeats=5):
+    """How many times longer `slow` takes than `fast`: warmed up, interleaved, in this process. -> {median, minimum, maximum, seconds
+    and peak MiB of both}."""
     slow(), fast()
-    r = sorted(clock(slow) / clock(fast) for _ in range(repeats))
-    return {"median": round(r[len(r) // 2], 2), "minimum": round(r[0], 2), "maximum": round(r[-1], 2)}
+    pairs = [(clock(slow), clock(fast)) for _ in range(repeats)]
+    r = sorted(s / f for s, f in pairs)
+    return {"median": round(r[len(r) // 2], 2), "minimum": round(r[0], 2), "maximum": round(r[-1], 2),
+            "seconds": [round(float(np.median(t)), 5) for t in zip(*pairs)], "MiB": [m and round(m, 1) for m in (peak(slow), peak(fast))]}
 
 def prefix_by_prefix(model, head, t, tail, size=64):
     """What `prefix_nll` replaces: every prefix run anew, `size` at a time, each batch as long as its longest. -> (|t| + 1,)."""
@@ -1280,64 +1308,170 @@ def prefix_by_prefix(model, head, t, tail, size=64):
             out.append(model.nll(ids[:, :-1], target[:, 1:]).sum(1) / (len(tail) - 1))
     return torch.cat(out).cpu().numpy()
 
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+def meta_by_dual(model, inner, tasks, order=2):
+    """The meta-gradient of whole trajectories, every question's theta' side by side (`meta.Fast`)."""
+    return gradients(model, meta.meta_loss(model, inner, meta.Meta(), tasks, model.head.weight.device, order)[0])
+
+def meta_by_loop(model, inner, tasks):
+    """The same, one question after the other, theta' as weights."""
+    total, (_, n_q, n_j) = 0, meta.counts_of(tasks)
+    for task in tasks:
+        s, q = meta.tensors([task], model.head.weight.device)
+        theta = meta.theta_prime(model, inner, [(s.ids, s.inner)])
+        h = torch.func.functional_call(model, theta, (q.ids,), {"plain_from": inner.lowest})
+        loss = model.score(h, q.targets).sum() / n_q + model.nll(s.ids, s.joint).sum() / n_j
+        total = [a + b for a, b in zip(total, gradients(model, loss))] if total else gradients(model, loss)
+    return total
+
+def meta_by_vmap(model, inner, tasks):
+    """The same, `torch.func.vmap` over the questions, theta' as weights."""
+    (s, q), (_, n_q, n_j) = meta.tensors(tasks, model.head.weight.device), meta.counts_of(tasks)
+    layers = {m.name: f"{path}.weight" for path, m in model.named_modules() if isinstance(m, meta.Linear)}
+    slow = {layers[n]: model.get_parameter(layers[n]) for n in inner.names}
+    def nll(theta, ids, targets, tau=1.0):                                  # without `score`'s indexing, whose shapes depend on data
+        h = torch.func.functional_call(model, theta, (ids[None],), {"plain_from": 0})
+        return torch.nn.functional.cross_entropy(model.logits(h[0]) / tau, targets, ignore_index=text.IGNORE, reduction="sum")
+    def one(ids, support, joint, query, answer):
+        g = torch.func.grad(nll)(slow, ids, support, inner.tau)
+        theta = {layers[n]: slow[layers[n]] - inner.rate(n, 0) * g[layers[n]] for n in inner.names}
+        return nll(theta, query, answer) / n_q + nll({}, ids, joint) / n_j
+    return gradients(model, torch.func.vmap(one)(s.ids, s.inner, s.joint, q.ids, q.targets).sum())
+
+def sft_share(device, rate):
+    """A whole SFT step at the default shape of the device, optimisers included -> {tokens a second, share of the matmul rate}."""
+    c = train.Train(**train.PRESETS["gpu" if device.type == "cuda" else "tiny"])
+    model, low = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if device.type == "cuda":
+        for b in model.blocks:
+            b.compile(dynamic=True)
+    opts, step, n = train.optimisers(model, c.lr, c.lr_adam), train.sft_step(c, model, train.mix_of(c), low), sum(p.numel() for p in model.parameters())
+    def whole(i):
+        tokens.append(step(i)["tokens"])
+        for o in opts:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    tokens, seconds = [], [clock(lambda: whole(i)) for i in range(25)]
+    each = float(np.median([t / s for t, s in zip(tokens[5:], seconds[5:])]))
+    return {"useful tokens a second": round(each), "useful tokens x 6 x parameters, GFLOP/s": round(each * 6 * n / 1e9, 1), "share of the matmul rate": round(each * 6 * n / rate, 3)}
+
 def speed(c, model):
-    """What each trick buys on this machine: ratios of time, every one the median of five interleaved repeats in one process."""
-    device, rng, ratios = model.head.weight.device, random.Random(c.seed), {}
+    """What each trick buys on this machine: ratios of time, every one the median of five interleaved repeats in one process, with the
+    peak memory of both sides; and the share of the machine's own matmul rate (float32 on a CPU, bfloat16 on CUDA) that SFT reaches, counted in
+    tokens that are no padding, times 6, times parameters."""
+    device, rng, ratios, F = model.head.weight.device, random.Random(c.seed), {}, torch.nn.functional
     ids = lambda n: [rng.randrange(10) for _ in range(n)]
-    tail = [text.END_THINK, *ids(2), text.EOS]
-    for T in (48, 512):
-        head, t = [text.BOS, *ids(12), text.THINK], ids(T)
-        for size, how in ((1, "one prefix at a time"), (64, "64 prefixes a batch")):
-            ratios[f"curve of {T} tokens: {how} / one pass"] = ratio(
-                lambda: prefix_by_prefix(model, head, t, tail, size), lambda: prefix_nll(model, [head], [t], [tail]))
+    def row(name, slow, fast):
+        ratios[name] = r = ratio(slow, fast)
+        print(f"| {name} | {r['median']:.2f} [{r['minimum']:.2f}, {r['maximum']:.2f}] | {' / '.join('-' if m is None else f'{m:.0f}' for m in r['MiB'])} |", flush=True)
+    print("| ratio of times | median [minimum, maximum] | peak MiB |\n|---|---|---|")
+
+    for T in (64, 256, 1024):
+        qkv = torch.randn(3, 4096 // T, 4, T, 24, device=device, requires_grad=True)
+        row(f"attention, forward and backward, 4,096 tokens in rows of {T}: written out / fused",
+            *(lambda p=p: torch.autograd.grad(attention(*qkv, plain=p).sum(), qkv) for p in (True, False)))
+    packed, examples, mix = train.Train(), random.Random(0), text.Mix()
+    examples = sorted((mix.sample(examples) for _ in range(packed.batch)), key=lambda e: len(e.question + e.think))
+    learn = lambda m, b: gradients(m, m.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum())
+    pack, halves = text.batch(examples, device), [text.batch([e], device, room=1) for e in examples]
+    halves = [text.Batch(*(torch.cat([F.pad(t, (0, max(b.ids.size(1) for b in half) - t.size(1)), value=v) for t in part]) for part, v in zip(zip(*half), (text.PAD, text.IGNORE, 0, 0))))
+              for half in (halves[:32], halves[32:])]
+    row("SFT forward and backward: two chunks, sorted and padded / packed", lambda: [learn(model, b) for b in halves], lambda: learn(model, pack))
+    compiled = copy.deepcopy(model)
+    for b in compiled.blocks:
+        b.compile(dynamic=True)
+    try:
+        row("SFT forward and backward: eager / compiled blocks", lambda: learn(model, pack), lambda: learn(compiled, pack))
+    except Exception as e:                                                  # many kinds: no compiler here, or an old one
+        print(f"compiled blocks: not measured, torch.compile says {type(e).__name__}")
+    row("SFT: forward and backward / making the batch (in a thread beside it)", lambda: learn(model, pack), lambda: text.batch(examples, device))
+    hidden = [p for p in model.blocks.parameters()]
+    for p in hidden:
+        p.grad = torch.randn_like(p)
+    ours, theirs = train.Muon(hidden, 0.0), torch.optim.Muon(hidden, 0.0, weight_decay=0.0)
+    row("Muon's step: torch.optim.Muon / ours", theirs.step, ours.step)
+    model.zero_grad()
+
     prompts = [ids(16) for _ in range(64)]
     def uncached():
         x = torch.tensor(prompts, device=device)
         with torch.no_grad():
             for _ in range(48):
                 x = torch.cat((x, model.logits(model(x)[:, -1:]).argmax(-1)), 1)
-    ratios["64 prompts, 16 + 48 tokens: uncached / cached generation"] = ratio(uncached, lambda: model.generate(prompts, -1, 48))
-    config = meta.Meta()
-    tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in train.held_out("expr", 4, 64)]
-    inner = meta.Inner(meta.fast_layers(model, config.fast), 1, config.alpha, config.tau).to(device)
-    (support, query), params = meta.tensors(tasks, device), list(model.parameters())
-    backward = lambda loss: torch.autograd.grad(loss, params, materialize_grads=True)
-    second = lambda: backward(meta.meta_loss(model, inner, config, tasks, device)[0])
-    def sft():                                                              # the same tokens, learned in context and directly
-        backward(model.nll(support.ids, support.joint).sum() + model.nll(query.ids, query.targets).sum())
-    def loop():
-        for task in tasks:
-            s, q = meta.tensors([task], device)
-            theta = meta.theta_prime(model, inner, [(s.ids, s.inner)])
-            h = torch.func.functional_call(model, theta, (q.ids,), {"plain_from": inner.lowest})
-            backward(model.score(h, q.targets).sum() + model.nll(s.ids, s.joint).sum())
-    first = lambda: backward(meta.meta_loss(model, inner, config, tasks, device, order=1)[0])
-    ratios["64 questions: second-order meta-step / SFT step on the same tokens"] = ratio(second, sft)
-    ratios["64 questions: first-order meta-step / SFT step on the same tokens"] = ratio(first, sft)
-    ratios["64 questions: per-question loop / dual form"] = ratio(loop, second)
-    mix, recipe = text.Mix(), train.Train()
-    chunks = text.batch_at(0, recipe.batch, mix, 0, device, recipe.chunks)
-    def whole():
-        for x, y in chunks:
-            model.nll(x, y).sum().backward()
-    ratios["SFT: forward and backward / making the batch"] = ratio(whole, lambda: text.batch_at(0, recipe.batch, mix, 0, device, recipe.chunks))
-    hidden = [p for p in model.blocks.parameters()]
-    ours, theirs = train.Muon(hidden, 0.0), torch.optim.Muon(hidden, 0.0, weight_decay=0.0)
-    ratios["Muon: torch.optim.Muon / ours"] = ratio(theirs.step, ours.step)
-    train.write(Path(c.out) / "speed.json", {"ratios": ratios, "device": train.device_name(device), "torch": torch.__version__, "revision": train.revision()})
-    fig, ax = plt.subplots(figsize=(9, 0.3 * len(ratios) + 1))
-    names = list(ratios)[::-1]
-    median = [ratios[n]["median"] for n in names]
-    ax.barh(names, median, color=COLOURS["correct"])
-    ax.errorbar(median, range(len(names)), xerr=[[ratios[n]["median"] - ratios[n]["minimum"] for n in names], [ratios[n]["maximum"] - ratios[n]["median"] for n in names]],
-                fmt="none", ecolor="#333333", elinewidth=0.8)
-    for i, m in enumerate(median):
-        ax.text(m, i, f"  {m:.1f}", va="bottom", fontsize=8)
-    ax.set(xscale="log", xlabel=f"ratio of times ({train.device_name(device)})", xlim=(1, 2 * max(median)))
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= 2 * max(median)]
-    ax.set_xticks(ticks, map(str, ticks))
+    cached = lambda static: model.generate(prompts, -1, 48, static=static)
+    row("64 prompts, 16 + 48 tokens: uncached / cached generation", uncached, lambda: cached(None))
+    row("64 prompts, 16 + 48 tokens: shapes that grow / static shapes" + " in a CUDA graph" * (device.type == "cuda"), lambda: cached(False), lambda: cached(True))
+
+    tail = [text.END_THINK, *ids(2), text.EOS]
+    for T in (64, 256, 512, 1024):
+        head, t = [text.BOS, *ids(12), text.THINK], ids(T)
+        one_pass = lambda: prefix_nll(model, [head], [t], [tail])
+        if T == 64:
+            row(f"curve of {T} tokens: one prefix at a time / one pass", lambda: prefix_by_prefix(model, head, t, tail, 1), one_pass)
+        row(f"curve of {T} tokens: 64 prefixes a batch / one pass", lambda: prefix_by_prefix(model, head, t, tail), one_pass)
+    q_ids, targets = queries(model, train.held_out("expr", 4, 1), [""])
+    plane, points = directions(model, c.seed), torch.tensor([(a, b) for a in np.linspace(-1, 1, 15) for b in np.linspace(-1, 1, 15)], dtype=torch.float32, device=device)
+    sheet = lambda size: surface(model, q_ids.expand(len(points), -1), targets.expand(len(points), -1), plane, points, size=size)
+    row("landscape, 15 x 15 points: one by one / batched", lambda: sheet(1), lambda: sheet(1024))
+
+    inner = meta.Inner(meta.fast_layers(model, meta.Meta.fast), 1, meta.Meta.alpha, meta.Meta.tau).to(device)
+    for n in (1, 16, 64, 256):
+        tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in (train.held_out("expr", 4, 64) * 4)[:n]]
+        dual = lambda: meta_by_dual(model, inner, tasks)
+        row(f"second-order gradient, {n} questions: one after the other / dual form", lambda: meta_by_loop(model, inner, tasks), dual)
+        row(f"second-order gradient, {n} questions: torch.func.vmap / dual form", lambda: meta_by_vmap(model, inner, tasks), dual)
+        if n == 64:
+            support, query = meta.tensors(tasks, device)
+            sft = lambda: gradients(model, model.nll(support.ids, support.joint).sum() + model.nll(query.ids, query.targets).sum())
+            row("64 questions: second-order meta-gradient / SFT on the same tokens", dual, sft)
+            row("64 questions: first-order meta-gradient / SFT on the same tokens", lambda: meta_by_dual(model, inner, tasks, order=1), sft)
+
+    n, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    rate = 2 * n**3 / float(np.median([clock(lambda: a @ b) for _ in range(9)][2:]))
+    rates = {f"matmul {n} x {n}, {str(kind)[6:]}, GFLOP/s": round(rate / 1e9, 1), "SFT step": sft_share(device, rate),
+             "generation, tokens a second": round(64 * 48 / float(np.median([clock(lambda: cached(None)) for _ in range(5)])))}
+    print(json.dumps(rates))
+    fig, ax = plt.subplots(figsize=(9, 0.27 * len(ratios) + 1))
+    for i, (name, r) in enumerate(ratios.items()):
+        ax.barh(i, r["median"] - 1, left=1, color=COLOURS["correct" if r["median"] > 1 else "wrong"], height=0.7)
+        ax.plot((r["minimum"], r["maximum"]), (i, i), color="#333333", linewidth=0.8)
+        ax.text(max(r["maximum"], 1), i, f"  {r['median']:.1f}", va="center", fontsize=7)
+    ax.set_yticks(range(len(ratios)), list(ratios), fontsize=7)
+    ax.set(xscale="log", ylim=(len(ratios) - 0.4, -0.6), xlim=(0.2, 3 * max(r["maximum"] for r in ratios.values())), xlabel=f"ratio of times ({train.device_name(device)}, torch {torch.__version__})")
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.minorticks_off()
-    return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": ratios}
+    ax.axvline(1, color="#333333", linewidth=0.8)
+    return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": {"ratios": ratios, "rates": rates, "device": train.device_name(device), "torch": torch.__version__}}
+
+RACE = "--domains=expr --until=0.95 --questions=20"
+RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=4000"}
+
+def race(c, model=None):
+    """Seconds and steps until 95 % of 200 validation questions (`expr`, 4 operands) are right, asked every 20 steps: this project's recipe, AdamW
+    in Muon's place, and nanoGPT's (AdamW 1e-3, betas 0.9 and 0.99, weight decay 0.1, clipping, cosine; learned positions, LayerNorm, GELU,
+    tied embeddings), same shape, batches and data; --steps of each is the best of those tried.
+
+    Supported if nanoGPT's recipe takes at least three times as long, median over seeds; refuted if less. A run that does not get there
+    counts with the time it took."""
+    found = {}
+    for name, folders in train_arms(c, RACES).items():
+        runs = [json.loads((f / "summary.json").read_text()) for f in folders]
+        found[name] = {"flags": RACES[name], **{k: [s[k] for s in runs] for k in ("seconds", "steps", "reached")}, "checksums": [train.checksum(f / "ckpt.pt") for f in folders]}
+    times = {f"{name} / ours": [a / b for a, b in zip(row["seconds"], found["ours"]["seconds"])] for name, row in found.items() if name != "ours"}
+    fig, ax = plt.subplots(figsize=(7, 1.9))
+    for i, (name, row) in enumerate(found.items()):
+        ax.barh(i, np.median(row["seconds"]), 0.7, color=PALETTE[i])
+        ax.plot(row["seconds"], [i] * len(row["seconds"]), ".", color="#333333")
+        ax.text(max(row["seconds"]), i, f"  {np.median(row['seconds']):.0f} s, {np.median(row['steps']):.0f} steps" + f", {row['reached'].count(False)} did not get there" * (False in row["reached"]), va="center", fontsize=8)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set(xlabel=f"seconds to 95 % (median of {c.seeds} seeds)", ylim=(len(found) - 0.4, -0.6), xlim=(0, 1.4 * max(max(r["seconds"]) for r in found.values())))
+    slower = float(np.median(times["nanoGPT's recipe / ours"]))
+    return fig, {"claim": "this recipe needs a third of the time of plain nanoGPT's, or less", "verdict": "supported" if slower >= 3 else "refuted",
+                 "numbers": {"times": times, "median": {k: round(float(np.median(v)), 2) for k, v in times.items()}, "runs": found}}
 
 EXPERIMENTS = {name: globals()[name] for name in NAMES if name != "report"}
 

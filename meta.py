@@ -347,13 +347,19 @@ def shares(table):
 
 # --------------------------------------------------------------------------------------------------------------- the outer loop
 
-def meta_loss(model, inner, c, tasks, device="cpu", order=2):
-    """The meta-objective (Eq. 8) of a list of tasks -> (loss to differentiate, numbers to log).
+def counts_of(tasks):
+    """Questions, tokens of answers, targets of the in-context loss: what a sum over tasks is divided by to be a mean."""
+    answers = [len(t.question.answer) + 1 for t in tasks]
+    return len(tasks), sum(answers), sum(len(think) + a + t.whole for t, a in zip(tasks, answers) for think in t.thinks)
+
+def meta_loss(model, inner, c, tasks, device="cpu", order=2, counts=None):
+    """The meta-objective (Eq. 8) of a list of tasks -> (loss to differentiate, numbers to log). counts: `counts_of` the whole batch,
+    where these tasks are a part of one.
 
     L_q(theta') + joint * L(theta), the second term the ordinary in-context loss on the support's own rows, which the inner loop
     has run already: it keeps theta able to think. Reptile has no L_q(theta'): its gradients are left in the parameters."""
     support, query = tensors(tasks, device)
-    G, n_q, n_j = len(tasks), (query.targets >= 0).sum(), (support.joint >= 0).sum()
+    G, (questions, n_q, n_j) = len(tasks), counts or counts_of(tasks)
     support_pair, query_pair = (support.ids, support.inner), (query.ids, query.targets)
     answer = lambda fast: model.score(model(query.ids, hook=fast, plain_from=inner.lowest if order == 2 else None), query.targets).sum() / n_q
     if c.algo == "none":
@@ -364,7 +370,7 @@ def meta_loss(model, inner, c, tasks, device="cpu", order=2):
         for m in model.modules():                                           # theta - theta', averaged over the questions (Nichol 2018)
             if isinstance(m, Linear) and m.name in inner.names:
                 move = sum(inner.rate(m.name, k).detach() * torch.einsum("gpo,gpi->oi", D, X) for k, (X, D) in
-                           enumerate(step[m.name] for step in fast.steps)) / G
+                           enumerate(step[m.name] for step in fast.steps)) / questions
                 m.weight.grad = move if m.weight.grad is None else m.weight.grad + move
     else:
         fast, h = adapt(model, inner, [support_pair], G, by_step(support) * c.K if c.inner == "step" else None, order, c.inner == "token")
@@ -413,19 +419,22 @@ def meta(c, given):
     def step(i):
         order = 1 if c.algo in ("fomaml", "reptile", "none") or i < c.first_order * c.steps else 2
         tasks = sorted(tasks_at(i, c), key=lambda t: len(t.question.text) + max(map(len, t.thinks)))
-        size, total = -(-len(tasks) // c.chunks), {"L_q": 0.0, "joint": 0.0}
-        for j in range(0, len(tasks), size):
-            part = tasks[j:j + size]
-            loss, numbers = meta_loss(model, inner, c, part, device, order)
-            (loss * len(part) / len(tasks)).backward()
-            total = {k: total[k] + v * len(part) / len(tasks) for k, v in numbers.items()}
+        own, counts, total = tasks[train.RANK::train.WORLD], counts_of(tasks), {"L_q": 0.0, "joint": 0.0}
+        size = max(1, -(-len(own) // c.chunks))
+        for j in range(0, len(own), size):
+            loss, numbers = meta_loss(model, inner, c, own[j:j + size], device, order, counts)
+            loss.backward()
+            total = {k: total[k] + v for k, v in numbers.items()}
+        total = train.together(everything, total)
         norm = torch.nn.utils.clip_grad_norm_(everything, c.clip)
         return {k: float(v) for k, v in total.items()} | {"norm": float(norm), "rate": float(inner.log_alpha.detach().exp().max())}
 
     cells = {c.domain: (*counts, max(counts) + 1)}
     keeps = {d: ks for d, ks in train.CELLS.items() if d == c.domain}
-    before, _ = train.exact_match(model, keeps, c.questions)
+    before = None if train.RANK else train.exact_match(model, keeps, c.questions)[0]
     seconds, _ = train.fit(c, model, opts, step, inner)
+    if train.RANK:
+        return {}
     after, _ = train.exact_match(model, keeps, c.questions)
     table = shares(exact_match(model, None if c.algo == "none" else inner, cells, c.questions, c.inner))
     print(show_table(table))

@@ -115,8 +115,8 @@ class Model(nn.Module):
         """ids (B, T) -> normalised hidden states (B, T, C).
 
         pos (B or 1, T): positions, default 0..T-1. mask (B or 1, 1, T, S): who sees whom, default causal.
-        cache: from `new_cache`; keys and values go to `slot` (a slice; default the first T) and the first S slots are looked at (S from
-        mask; without one, up to the end of slot).
+        cache: from `new_cache`; keys and values go to `slot` (a slice, default the first T; or, with a mask, a tensor (T,)) and the first S
+        slots are looked at (S from mask; without one, up to the end of slot).
         hook: see above. plain_from: the first block that must survive a second differentiation. detach (B, T): positions whose
         keys and values pass no gradient."""
         if pos is None:
@@ -151,11 +151,12 @@ class Model(nn.Module):
 
     @torch.compiler.set_stance("force_eager")                               # shapes change with every token: compiling again costs more
     @torch.inference_mode()
-    def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0, generator=None, pad=0, hook=None):
+    def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0, generator=None, pad=0, hook=None, static=None):
         """Continues every prompt (lists of ids, any lengths) until `stop` -> list of lists of new ids, without `stop`.
 
         temperature 0 is greedy; top_k and top_p (1904.09751) cut the tail first. Prompts are padded on the left, so that all rows
-        write the same slot of the cache. The host asks the device whether all are done every 8 tokens only."""
+        write the same slot of the cache. The host asks the device whether all are done every 8 tokens only. static: shapes that never
+        change, default on CUDA, where one graph then replays every token."""
         device, B = self.head.weight.device, len(prompts)
         if not B or not min(map(len, prompts)):
             raise ValueError("generate needs at least one prompt, and none of them empty")
@@ -167,16 +168,24 @@ class Model(nn.Module):
         cache, mask = self.new_cache(B, T + max_new), (at[:T, None] >= at[:T])[None, None]
         if seen is not None:                                                # padding sees padding: nothing at all would be 0 / 0
             mask = mask & (seen[..., :T] | ~seen[..., :T].mT)
-        h = self(ids, pos[:, :T], mask, cache, hook=hook)[:, -1:]           # (B, 1, C)
+        logits = self.logits(self(ids, pos[:, :T], mask, cache, hook=hook)[:, -1])                   # (B, V)
         out, done = torch.full((B, max_new), stop, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        def step(i):
+            S = T + i + 1
+            return self.logits(self(out[:, i:i + 1], pos[:, S - 1:S], None if seen is None else seen[..., :S], cache, slice(S - 1, S), hook)[:, 0])
+        def any_step(i):                                                    # the same, i being a tensor (1,)
+            visible = (at <= T + i)[None, None, None]
+            h = self(out[:, i], pos[:, T + i], visible if seen is None else visible & seen, cache, T + i, hook)
+            return self.logits(h[:, 0])
+        if static or static is None and device.type == "cuda":
+            step = replayed(any_step, torch.zeros(1, dtype=torch.int64, device=device))
         for i in range(max_new):
-            new = sample(self.logits(h[:, 0]), temperature, top_k, top_p, generator)
+            new = sample(logits, temperature, top_k, top_p, generator)
             out[:, i] = torch.where(done, stop, new)
             done = done | (new == stop)
             if i + 1 == max_new or (i % 8 == 7 or device.type == "cpu") and bool(done.all()):
                 break
-            S = T + i + 1
-            h = self(out[:, i:i + 1], pos[:, S - 1:S], None if seen is None else seen[..., :S], cache, slice(S - 1, S), hook)
+            logits = step(i)
         rows = out.tolist()
         return [r[:r.index(stop)] if stop in r else r for r in rows]
 
@@ -194,6 +203,24 @@ class Model(nn.Module):
             raise ValueError(f"these are not the weights of a model of ours: {str(e).splitlines()[0]}") from None
         return model
 
+
+def replayed(f, i):
+    """f(i), i a tensor (1,) -> g(n) for int n, on CUDA as a replay of one graph: a launch instead of some two hundred."""
+    if not i.is_cuda:
+        return lambda n: f(i.fill_(n))
+    side = torch.cuda.Stream()                                              # a graph wants what it records to have run before, elsewhere
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f(i)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = f(i)
+    def g(n):
+        i.fill_(n)
+        graph.replay()
+        return result
+    return g
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """One id a row from logits (B, V); temperature 0 takes the largest. No device sync."""

@@ -262,12 +262,13 @@ class Muon(torch.optim.Optimizer):
 
 def optimisers(model, lr, lr_adam, recipe="ours"):
     """ours: Muon for the matrices of the blocks, AdamW for embedding and head. adamw: AdamW for both. nanogpt: one AdamW as in nanoGPT."""
-    hidden, fused = [p for p in model.blocks.parameters() if p.ndim == 2], model.head.weight.is_cuda
+    inside = {p: n.startswith("blocks.") and p.ndim == 2 for n, p in model.named_parameters()}
+    (hidden, rest), fused = ([p for p, h in inside.items() if h == want] for want in (True, False)), model.head.weight.is_cuda
     if recipe == "nanogpt":
-        groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == big], "weight_decay": 0.1 * big} for big in (True, False)]
+        groups = [{"params": [p for p in inside if (p.ndim == 2) == big], "weight_decay": 0.1 * big} for big in (True, False)]
         return [torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), fused=fused)]
     adamw = lambda params, lr: torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
-    return [Muon(hidden, lr) if recipe == "ours" else adamw(hidden, lr), adamw([model.embed.weight, model.head.weight], lr_adam)]
+    return [Muon(hidden, lr) if recipe == "ours" else adamw(hidden, lr), adamw(rest, lr_adam)]
 
 def together(params, numbers):
     """Sums gradients, and numbers to log, over the processes of a torchrun in one all-reduce. -> numbers"""
@@ -364,6 +365,11 @@ def fit(c, model, opts, step, extra=None, rate=linear, reached=None):
                 if caught:
                     RANK or print(f"\nstopped; go on with: python {Path(sys.argv[0]).name} --out={c.out} --resume", file=sys.stderr)
                     raise SystemExit(128 + caught[0])
+    except RuntimeError as e:                                               # here, where torchrun's SIGTERM is still caught
+        if WORLD > 1 and ("peer" in str(e) or isinstance(e, dist.DistError)):
+            print("error: another process of this run has ended; the last checkpoint stands: go on with --resume", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
@@ -479,8 +485,8 @@ def sft_step(c, model, mix, low):
         batch = (pending.pop(i, None) or make(i)).result()
         pending[i + 1] = make(i + 1)
         n, numbers = (batch.targets >= 0).sum(), {"loss": 0.0, "tokens": 0.0}
-        own = text.Batch(*(t[RANK::WORLD] for t in batch))                  # this process's share
-        for part in map(text.Batch._make, zip(*(t.chunk(c.chunks) for t in own))):
+        own = [t[RANK::WORLD] for t in batch]                               # this process's share
+        for part in map(text.Batch._make, zip(*(t.chunk(c.chunks) for t in own)) if len(own[0]) else ()):
             with low:
                 loss = model.nll(part.ids, part.targets, pos=part.pos, mask=part.mask()).sum() / n
             loss.backward()
@@ -620,8 +626,10 @@ def train(c, given):
         step = {"grpo": grpo_step, "dpo": dpo_step}[c.method](c, model, mix, low, opts, load_model(c.init, device)[0].requires_grad_(False))
     domain = c.domains.split(",")[0]
     goal = held_out(domain, 4, 200, "val") if c.until else []
-    reached = lambda done: done % 20 == 0 and np.mean([arithmetic.verify(q, a) for q, (_, a) in zip(goal, respond(model, goal))]) >= c.until
+    reached = lambda done: (done % 20 == 0 or done == c.steps) and np.mean([arithmetic.verify(q, a) for q, (_, a) in zip(goal, respond(model, goal))]) >= c.until
     seconds, done = fit(c, model, opts, step, rate=cosine if c.recipe == "nanogpt" else linear, reached=reached if c.until else None)
+    if WORLD > 1:
+        dist.barrier()                                                      # the checkpoint is written
     if RANK:
         return {}
     table, mistakes = exact_match(model, CELLS, c.questions)
@@ -630,7 +638,7 @@ def train(c, given):
     summary = {"exact_match": table, "mistakes": mistakes[:20], "seconds": round(seconds, 1), "steps": done,
                "tokens": sum(json.loads(line)["tokens"] for line in (Path(c.out) / "metrics.jsonl").read_text().splitlines()),
                "parameters": sum(p.numel() for p in model.parameters()), "device": device_name(device), "torch": torch.__version__,
-               "revision": revision(), "config": asdict(c)}
+               "revision": revision(), "config": asdict(c)} | ({"reached": bool(reached(done))} if c.until else {})
     write(Path(c.out) / "summary.json", summary)
     return summary
 
@@ -655,9 +663,6 @@ def command(main):
     except OSError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:
-        if WORLD > 1 and ("peer" in str(e) or isinstance(e, dist.DistError)):
-            print("error: another process of this run has ended; the last checkpoint stands: go on with --resume", file=sys.stderr)
-            raise SystemExit(1) from None
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             fail("out of memory: a smaller --batch needs less, and so do more --chunks")
         raise

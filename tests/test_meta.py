@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+import analyze
 import meta
 import train
 from data import arithmetic, text
@@ -235,3 +236,32 @@ def test_a_meta_run_resumes_bit_for_bit_and_divergence_keeps_the_last_checkpoint
     r = call(f"--init={checkpoint}", f"--out={tmp_path / 'wild'}", "--steps=30", "--save_every=1", "--lr=1e9", "--lr_adam=1e9", *SMALL)
     assert r.returncode == 1 and "not finite" in r.stderr and "rate" in r.stderr, r.stderr
     assert (a / "ckpt.pt").read_bytes() == good
+
+
+def test_the_slow_sides_of_the_benchmark_compute_the_same_gradient(tiny):
+    """Loop, vmap and dual form, on tasks of unequal lengths; and first order is another gradient."""
+    inner, ts = inner_of(tiny), [meta.Task(t.question, t.thinks[:1]) for n in (2, 3, 4) for t in tasks(2, 1, n, operands=n)]
+    flat = lambda gs: torch.cat([g.flatten() for g in gs])
+    dual = flat(analyze.meta_by_dual(tiny, inner, ts))
+    close(dual, flat(analyze.meta_by_loop(tiny, inner, ts)))
+    close(dual, flat(analyze.meta_by_vmap(tiny, inner, ts)))
+    assert (dual - flat(analyze.meta_by_dual(tiny, inner, ts, order=1))).norm() > 1e-3 * dual.norm()
+
+
+@pytest.mark.parametrize("algo", ["maml", "reptile", "none"])
+def test_parts_of_a_batch_add_up_to_it(tiny, algo):
+    """What chunks and several processes rest on: means are taken over the whole batch."""
+    c, inner = meta.Meta(algo=algo), inner_of(tiny)
+    ts = [t._replace(whole=n > 2) for n in (2, 3, 4) for t in tasks(1, 1, n, operands=n)]
+    grads, numbers = [], []
+    for parts in ([ts], [ts[:1], ts[1:]]):
+        tiny.zero_grad()
+        results = [meta.meta_loss(tiny, inner, c, part, order=2 if algo == "maml" else 1, counts=meta.counts_of(ts)) for part in parts]
+        for loss, _ in results:
+            loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in tiny.parameters()]))
+        numbers.append([float(sum(n[k] for _, n in results)) for k in ("L_q", "joint")])
+    close(*grads)
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-12)
+    support, query = meta.tensors(ts)
+    assert meta.counts_of(ts) == (3, int((query.targets >= 0).sum()), int((support.joint >= 0).sum()))

@@ -31,8 +31,9 @@ def test_padding_on_the_right_changes_nothing(tiny):
     torch.testing.assert_close(tiny(x), tiny(padded)[:, :9], rtol=0, atol=1e-12)
 
 
-def test_cached_generation_equals_uncached_for_ragged_prompts(tiny):
-    for prompt, out in zip(RAGGED, tiny.generate(RAGGED, stop=text.EOS, max_new=24)):
+@pytest.mark.parametrize("static", (False, True))
+def test_cached_generation_equals_uncached_for_ragged_prompts(tiny, static):
+    for prompt, out in zip(RAGGED, tiny.generate(RAGGED, stop=text.EOS, max_new=24, static=static)):
         ids = list(prompt)
         for _ in range(24):
             new = int(tiny.logits(tiny(torch.tensor([ids]))[:, -1]).argmax())

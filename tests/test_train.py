@@ -13,6 +13,7 @@ import torch
 import analyze
 import train
 from data import arithmetic, text
+from data.flags import flags
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--layers=2", "--heads=2", "--width=16", "--batch=8", "--questions=3", "--save_every=4", "--threads=1", "--device=cpu"]
@@ -104,3 +105,24 @@ def test_held_out_questions_are_the_same_for_every_model_and_never_trained_on():
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     r = call("train.py", f"--out={tmp_path / 'run'}", "--steps=60", "--lr=1e9", "--lr_adam=1e9", *SMALL)
     assert r.returncode == 1 and "not finite" in r.stderr and "step" in r.stderr, r.stderr
+
+
+def test_nanogpts_recipe_and_training_until_a_goal(tmp_path, refused):
+    """Learned positions and LayerNorm's gains are trained, saved and loaded; a run ends at the first of its checks that reaches the goal."""
+    out = tmp_path / "gpt"
+    train.train(*flags(train.Train, [f"--out={out}", "--steps=60", "--recipe=nanogpt", "--until=0.00001", "--lr=0.003", *SMALL]))
+    s, (model, state) = json.loads((out / "summary.json").read_text()), train.load_model(out / "ckpt.pt")
+    assert s["reached"] is False and s["steps"] == 60 and model.config.gpt2 and model.head.weight is model.embed.weight
+    assert state["model"]["weights"]["blocks.0.norm1.weight"].std() > 0 and model.place.weight.std() > 0.015
+    x = torch.randint(0, 20, (1, 6))
+    assert (model(x) - model(x, pos=torch.arange(1, 7)[None])).abs().max() > 1e-4                   # positions are absolute
+    torch.testing.assert_close(model(torch.cat((x, x), 1))[:, :6], model(x))
+    always = tmp_path / "always"
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(train.arithmetic, "verify", lambda q, a: True)
+    train.train(*flags(train.Train, [f"--out={always}", "--steps=60", "--until=0.9", *SMALL]))
+    monkey.undo()
+    s = json.loads((always / "summary.json").read_text())
+    assert s["reached"] is True and s["steps"] == 20 == train.load(always / "ckpt.pt")["step"]
+    refused(train, ["--recipe=gpt", f"--out={tmp_path / 'no'}"], ["--recipe"])
+    refused(train, ["--recipe=adamw", "--init=x", f"--out={tmp_path / 'no'}"], ["--init"])
