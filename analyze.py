@@ -3,18 +3,19 @@
     python analyze.py                            # the tour
     python analyze.py curve --questions=400      # one experiment, here the answer's loss along the trajectory
 """
-import contextlib
 import copy
 import ctypes
 import hashlib
-import io
 import json
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Analyze:
     examples: int = 1               # single trajectories drawn under the averages
     seed: int = 0                   # of trajectories and corruptions
     seeds: int = 5                  # runs an arm, where an experiment trains
+    jobs: int = 0                   # of those at a time; 0: one a CPU core, each with one thread; on CUDA 1
     arm: tuple = ()                 # compare: an arm's flags; give it once an arm
     cells: str = ""                 # held-out questions, such as "expr:3,4 sum:5"; empty: what an experiment says
     steps: int = 120                # second-order meta-steps whose time every arm gets
@@ -1075,26 +1077,38 @@ def stages(c, arm, seed):
     return out
 
 def train_arms(c, arms):
-    """Trains what is missing of arms (name -> flags) over c.seeds, one progress bar for the lot. -> {name: [folder of a seed]}."""
-    todo = {s[1]: (*s, seed) for seed in range(c.seeds) for arm in arms.values() for s in stages(c, arm, seed)}
-    for script, folder, words, seed in todo.values():                       # all flags are looked at before any run begins
+    """Trains what is missing of arms (name -> flags) over c.seeds, c.jobs runs at a time, each a process of its own, one progress bar for the
+    lot. -> {name: [folder of a seed]}."""
+    todo = {s[1]: (depth, *s, seed) for seed in range(c.seeds) for arm in arms.values() for depth, s in enumerate(stages(c, arm, seed))}
+    for _, script, _, words, seed in todo.values():                         # all flags are looked at before any run begins
         script.check(*flags(train.Train if script is train else meta.Meta, words))
-    train.QUIET = True
-    with tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True) as bar:
-        for folder, (script, _, words, seed) in todo.items():
-            if not (folder / "summary.json").exists():
-                half = (folder / "ckpt.pt").exists()
-                own = {w.split("=")[0] for w in words}                      # what an arm says for itself stands
-                run = ["--resume"] if half else [*words, *(f for f in (f"--device={c.device}", f"--threads={c.threads}", f"--seed={seed}", "--questions=20", "--overwrite")
-                                                           if f.split("=")[0] not in own)]
-                bar.set_postfix_str(str(folder))
-                with contextlib.redirect_stdout(io.StringIO()):
-                    if script is train:
-                        train.train(*flags(train.Train, [f"--out={folder}", *run]))
-                    else:
-                        meta.meta(*flags(meta.Meta, [f"--out={folder}", *run]))
-            bar.update()
-    train.QUIET = False
+    jobs, cores = c.jobs or (1 if c.device != "cpu" and torch.cuda.is_available() else os.cpu_count()), os.cpu_count()
+    running, bar = set(), tqdm(total=len(todo), unit="run", disable=None, dynamic_ncols=True)
+
+    def run(folder):
+        _, script, _, words, seed = todo[folder]
+        if not (folder / "summary.json").exists():
+            own = {w.split("=")[0] for w in words}                          # what an arm says for itself stands
+            words = ["--resume"] if (folder / "ckpt.pt").exists() else \
+                [*words, *(f for f in (f"--device={c.device}", f"--threads={c.threads or max(1, cores // jobs)}", f"--seed={seed}", "--questions=20", "--overwrite") if f.split("=")[0] not in own)]
+            p = subprocess.Popen([sys.executable, script.__file__, f"--out={folder}", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            running.add(p)
+            lines = p.communicate()[1].splitlines()
+            if p.returncode:
+                raise OSError(f"{folder}: {lines[-1] if lines else p.returncode}")
+        bar.update()
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for level in sorted({depth for depth, *_ in todo.values()}):        # a stage begins when those before it are there
+            list(pool.map(run, [folder for folder, (depth, *_) in todo.items() if depth == level]))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for p in running:
+            if p.poll() is None:
+                p.terminate()                                               # it saves first
+        signal.signal(signal.SIGTERM, old)
+        bar.close()
     return {name: [stages(c, arm, seed)[-1][1] for seed in range(c.seeds)] for name, arm in arms.items()}
 
 def evaluate(c, folder, cells, n=32, k=8):

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -130,12 +129,12 @@ if __name__ == "__main__":
 import numpy as np                                                          # noqa: E402
 import torch                                                                # noqa: E402
 import torch.distributed as dist                                            # noqa: E402
+from torch.utils.data import DataLoader                                     # noqa: E402
 from tqdm import tqdm                                                       # noqa: E402
 
 from data import text                                                       # noqa: E402
 from model import Config, Model                                             # noqa: E402
 
-QUIET = False                                                               # no progress bar of a run's own: somebody counts the runs
 FORMAT = "raml-arithmetic checkpoint 1"
 
 
@@ -335,7 +334,7 @@ def fit(c, model, opts, step, extra=None, rate=linear, reached=None):
             g.setdefault("base", g["lr"])
     try:
         with open(os.devnull if RANK else log_path, "a") as log, \
-             tqdm(total=c.steps, initial=start, unit="step", disable=QUIET or RANK > 0 or None, dynamic_ncols=True) as bar:
+             tqdm(total=c.steps, initial=start, unit="step", disable=RANK > 0 or None, dynamic_ncols=True) as bar:
             for i in range(start, c.steps):
                 began = time.perf_counter()
                 for o in opts:
@@ -475,15 +474,21 @@ def mix_of(c):
         mix = mix._replace(operands={d: [float(str(k) in c.operands.split(",")) for k in arithmetic.TRAINED[d]] for d in names})
     return mix.limited(c.pool, c.support, c.seed) if c.pool else mix
 
+def apart(worker):
+    """A signal to the process group (Ctrl-C) is for the process that can save, not for one that makes batches."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+
 def sft_step(c, model, mix, low):
     """Cross-entropy on trajectories and answers that somebody wrote: off-policy, one number a token."""
     device = model.head.weight.device
-    ahead, pending = ThreadPoolExecutor(1), {}                              # the next batch is made while this one is learned
-    make = lambda i: ahead.submit(text.batch_at, i, c.batch, mix, c.seed, device)
+    cuda, batches = device.type == "cuda", []
 
     def step(i):
-        batch = (pending.pop(i, None) or make(i)).result()
-        pending[i + 1] = make(i + 1)
+        if not batches:                                                     # made by other processes while this one learns
+            batches.append(iter(DataLoader(text.Batches(c.batch, mix, c.seed), batch_size=None, sampler=range(i, c.steps), pin_memory=cuda,
+                                           num_workers=min(15, os.cpu_count() - 1) if cuda else 1, worker_init_fn=apart)))
+        batch = text.Batch(*(t.to(device, non_blocking=True) for t in next(batches[0])))
         n, numbers = (batch.targets >= 0).sum(), {"loss": 0.0, "tokens": 0.0}
         own = [t[RANK::WORLD] for t in batch]                               # this process's share
         for part in map(text.Batch._make, zip(*(t.chunk(c.chunks) for t in own)) if len(own[0]) else ()):

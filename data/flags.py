@@ -14,7 +14,7 @@ from data import arithmetic
 
 POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds", "group", "epochs", "beta", "max_new", "grid"}
 SHARES = {"decay", "direct", "cut", "cut_from", "cut_full", "first_order", "until"}
-LARGEST = {"layers": 200, "heads": 200, "width": 20_000, "batch": 1e6, "chunks": 1e4, "group": 1e4, "max_new": 1e4, "threads": 1000, "K": 100, "support": 100, "grid": 1001, "pool": 1e6, "epochs": 100,
+LARGEST = {"layers": 200, "heads": 200, "width": 20_000, "batch": 1e6, "chunks": 1e4, "group": 1e4, "max_new": 1e4, "threads": 1000, "jobs": 1000, "K": 100, "support": 100, "grid": 1001, "pool": 1e6, "epochs": 100,
            "examples": 20, "seeds": 1000, "questions": 1e5, "alpha": 1e6}
 CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
            "preset": ("auto", "tiny", "gpu"), "method": ("sft", "grpo", "dpo"), "recipe": ("ours", "adamw", "nanogpt"), "adv": ("grpo", "dr_grpo"),

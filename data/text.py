@@ -129,9 +129,17 @@ def batch(examples, device="cpu", room=64):
         y[r, a + first - 1:b] = ids[first:]
         if learn == "cut":
             y[r, a + end - 1] = IGNORE                                      # where to stop was chance: not a habit to learn
-    return Batch(*(torch.from_numpy(a).to(device, non_blocking=True) for a in (x, y, pos, sample)))
+    return Batch(*(torch.from_numpy(a).to(device) for a in (x, y, pos, sample)))
 
 def batch_at(step, size, mix, seed, device="cpu"):
     """The training batch of a step: a pure function of (seed, step), so that a resumed run needs no generator state."""
     rng = random.Random(f"{seed}/{step}")
     return batch([mix.sample(rng) for _ in range(size)], device)
+
+class Batches(torch.utils.data.Dataset):
+    """`batch_at` of every step, for a DataLoader."""
+    def __init__(self, *args):
+        self.args = args
+
+    def __getitem__(self, step):
+        return batch_at(step, *self.args)

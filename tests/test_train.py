@@ -29,11 +29,12 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, refused):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     r = call("train.py", f"--out={straight}", "--steps=120", *SMALL)
     assert r.returncode == 0, r.stderr
-    p = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={broken}", "--steps=120", *SMALL], stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={broken}", "--steps=120", *SMALL], stderr=subprocess.PIPE, text=True,
+                         start_new_session=True)
     log = broken / "metrics.jsonl"
     while p.poll() is None and (not log.exists() or not (broken / "ckpt.pt").exists()):
         time.sleep(0.02)
-    p.send_signal(signal.SIGINT)
+    os.killpg(p.pid, signal.SIGINT)                                         # as a terminal does: to the process that makes batches as well
     message = p.communicate()[1]
     assert p.returncode == 130 and "--resume" in message, message
     assert not (broken / "summary.json").exists() and torch.load(broken / "ckpt.pt", weights_only=True)["step"] < 120
