@@ -1145,14 +1145,15 @@ def contest(c, arms, cells="expr:3,4", n=32):
         rows = [evaluate(c, f, cells, n) for f in folders]
         metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
         scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
-        runs = [[json.loads((s[1] / "summary.json").read_text()) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
-        logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+        read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logs, chains = [read(f) for f in folders], [[read(s[1]) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
+        cost = lambda log: len(log) * float(np.median(np.diff([0.0, *(line["seconds"] for line in log)])))     # what else ran beside it is not its own
         trend = {key: [[round(float(np.mean([line[key] for line in part])), 4) for part in (log[:10], log[-10:])] for log in logs]
                  for key in ("reward", "preferred") if key in logs[0][0]}   # first and last ten steps, a pair a seed
         numbers[name] = {"flags": arms[name], **trend, "checksums": [train.checksum(f / "ckpt.pt") for f in folders], **{m: crossed(v) for m, v in scores[name].items()},
                          "by_cell": {cell: round(float(np.mean([row[cell]["exact"] for row in rows])), 4) for cell in rows[0]},
-                         "seconds": round(float(np.mean([sum(s["seconds"] for s in r) for r in runs])), 1),
-                         "tokens": round(float(np.mean([sum(s.get("tokens", 0) for s in r) for r in runs])))}
+                         "seconds": round(float(np.median([sum(map(cost, chain)) for chain in chains])), 1),
+                         "tokens": round(float(np.mean([sum(line.get("tokens", 0) for log in chain for line in log) for chain in chains])))}
     return scores, numbers
 
 def gaps_of(scores, pairs):
@@ -1205,8 +1206,8 @@ SUPPORTS = {**{f"500 questions, {n} each": f"{POOL} --pool=500 --support={n}" fo
 UPDATES = {f"{n} of 16, {steps} steps": f"{BASE} | {RL} --warmup=4 --update={n} --steps={steps}" for n, steps in ((16, 24), (4, 24), (2, 24), (4, 96), (2, 192))}
 
 def methods(c, model=None):
-    """SFT, GRPO, SFT then GRPO, SFT then DPO from one base (the paper's Table 1, C3 and C4). Steps are
-    fixed, so compute is matched roughly only: the seconds of every arm, base included, stand beside its scores.
+    """SFT, GRPO, SFT then GRPO, SFT then DPO from one base (the paper's Table 1, C3 and C4). The steps are chosen for equal time by the
+    cost of a step; what it came to, base included, stands beside the scores: steps times the median step, median over seeds.
 
     C3 is supported if SFT has the higher exact match and mG-Pass@8 than GRPO from the same base. C4 is supported if SFT then GRPO
     beats GRPO alone; and `stronger` if it also beats SFT alone, which the paper does not compare. Differences over seeds and questions,
@@ -1216,13 +1217,11 @@ def methods(c, model=None):
     found = {"C3": decide({f"SFT - GRPO, {m}": gap("SFT", "GRPO", m) for m in ("exact", "mg")}),
              "C4": decide({f"SFT, then GRPO - GRPO, {m}": gap("SFT, then GRPO", "GRPO", m) for m in ("exact", "mg")}),
              "C4, stronger": decide({f"SFT, then GRPO - SFT, {m}": gap("SFT, then GRPO", "SFT", m) for m in ("exact", "mg")})}
-    logs = {seed: [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for seed, f in enumerate(train_arms(c, {"g": METHODS["GRPO"]})["g"])}
-    rise = {seed: [round(float(np.mean([r["reward"] for r in part])), 3) for part in (rows[:10], rows[-10:])] for seed, rows in logs.items()}
     gains = {f"{a} - base, exact": crossed(gap(a, "base", "exact")) for a in METHODS if a != "base"}
     return bars(scores, numbers, f"{c.cells or 'expr:3,4'}, {c.seeds} seeds, seconds: {', '.join(str(round(r['seconds'])) for r in numbers.values())}"), {
         "claim": "C3, C4: SFT gives a better inner loop than RL from a weak base, and RL is better after SFT",
         "verdict": "; ".join(f"{n} {v}" for n, (v, _) in found.items()),
-        "numbers": {"arms": numbers, "gaps": {k: v for _, g in found.values() for k, v in g.items()} | gains, "GRPO: mean reward of first and last 10 steps": rise}}
+        "numbers": {"arms": numbers, "gaps": {k: v for _, g in found.values() for k, v in g.items()} | gains}}
 
 def length(c, model=None):
     """Are longer trajectories better inner loops, that is more inner steps (C5)? long: an operation a step; short: two.
@@ -1462,7 +1461,7 @@ def speed(c, model):
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": {"ratios": ratios, "rates": rates, "device": train.device_name(device), "torch": torch.__version__}}
 
 RACE = "--domains=expr --until=0.95 --questions=20"
-RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=4000"}
+RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=2400"}
 
 def race(c, model=None):
     """Seconds and steps until 95 % of 200 validation questions (`expr`, 4 operands) are right, asked every 20 steps: this project's recipe, AdamW

@@ -16,6 +16,7 @@ batch of questions, each with a theta' of its own, runs as batched matrix produc
 
     python meta.py                               # from out/sft (trained first if missing) into out/meta
     python meta.py --algo=fomaml --out=out/fomaml
+    torchrun --standalone --nproc_per_node=2 meta.py
 """
 import fnmatch
 import math

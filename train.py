@@ -5,6 +5,7 @@
     python train.py --ask="(3+5)*2-7"            # asks the trained model
     python train.py --method=grpo --init=out/weak/ckpt.pt --out=out/grpo       # on-policy reinforcement learning
     python train.py --method=dpo --init=out/weak/ckpt.pt --out=out/dpo         # preference optimisation
+    torchrun --standalone --nproc_per_node=2 train.py                          # the same SFT on two devices, or two processes of a CPU
 
 Also here, for every script of the project: flags, run folders, checkpoints, the loop around an optimiser step, evaluation.
 """
