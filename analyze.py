@@ -1464,7 +1464,7 @@ RACE = "--domains=expr --until=0.95 --questions=20"
 RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=2400"}
 
 def race(c, model=None):
-    """Seconds and steps until 95 % of 200 validation questions (`expr`, 4 operands) are right, asked every 20 steps: this project's recipe, AdamW
+    """Seconds and steps until 95 % of 200 validation questions (`expr`, 4 operands) are right, asked every 20 steps or 40 times a run: this project's recipe, AdamW
     in Muon's place, and nanoGPT's (AdamW 1e-3, betas 0.9 and 0.99, weight decay 0.1, clipping, cosine; learned positions, LayerNorm, GELU,
     tied embeddings), same shape, batches and data; --steps of each is the best of those tried.
 

@@ -122,7 +122,7 @@ class Model(nn.Module):
         if pos is None:
             pos = torch.arange(ids.size(1), device=ids.device)[None]
         x, c = self.embed(ids), self.config
-        slot = slice(0, ids.size(1)) if slot is None else slot
+        slot = slice(0, ids.size(1)) if cache is not None and slot is None else slot
         x, turn = (x + self.place(pos), None) if c.gpt2 else (x, rotary(pos, c.width // c.heads))
         bias = None if mask is None else torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         for i, block in enumerate(self.blocks):

@@ -632,7 +632,7 @@ def train(c, given):
         step = {"grpo": grpo_step, "dpo": dpo_step}[c.method](c, model, mix, low, opts, load_model(c.init, device)[0].requires_grad_(False))
     domain = c.domains.split(",")[0]
     goal = held_out(domain, 4, 200, "val") if c.until else []
-    reached = lambda done: (done % 20 == 0 or done == c.steps) and np.mean([arithmetic.verify(q, a) for q, (_, a) in zip(goal, respond(model, goal))]) >= c.until
+    reached = lambda done: (done % max(20, c.steps // 40) == 0 or done == c.steps) and np.mean([arithmetic.verify(q, a) for q, (_, a) in zip(goal, respond(model, goal))]) >= c.until
     seconds, done = fit(c, model, opts, step, rate=cosine if c.recipe == "nanogpt" else linear, reached=reached if c.until else None)
     if WORLD > 1:
         dist.barrier()                                                      # the checkpoint is written
