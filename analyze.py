@@ -1137,6 +1137,14 @@ def evaluate(c, folder, cells, n=32, k=8):
 
 METRICS = {"exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "form": "in form", "weights": "exact match, theta'"}
 
+def read(folder):
+    """A run's log -> list of dict, one a step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+def cost(log):
+    """Seconds of a run: steps times the median step, since what else ran beside it is not its own."""
+    return len(log) * float(np.median(np.diff([0.0, *(line["seconds"] for line in log)])))
+
 def contest(c, arms, cells="expr:3,4", n=32):
     """Trains and evaluates arms on the same questions. -> (scores {arm: {metric: (seeds, questions)}}, {arm: numbers for the JSON})."""
     cells = cells_of(c.cells or cells)
@@ -1145,9 +1153,7 @@ def contest(c, arms, cells="expr:3,4", n=32):
         rows = [evaluate(c, f, cells, n) for f in folders]
         metrics = [m for m in METRICS if m in next(iter(rows[0].values()))]
         scores[name] = {m: np.array([sum((row[cell][m] for cell in row), []) for row in rows]) for m in metrics}
-        read = lambda folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logs, chains = [read(f) for f in folders], [[read(s[1]) for s in stages(c, arms[name], seed)] for seed in range(c.seeds)]
-        cost = lambda log: len(log) * float(np.median(np.diff([0.0, *(line["seconds"] for line in log)])))     # what else ran beside it is not its own
         trend = {key: [[round(float(np.mean([line[key] for line in part])), 4) for part in (log[:10], log[-10:])] for log in logs]
                  for key in ("reward", "preferred") if key in logs[0][0]}   # first and last ten steps, a pair a seed
         numbers[name] = {"flags": arms[name], **trend, "checksums": [train.checksum(f / "ckpt.pt") for f in folders], **{m: crossed(v) for m, v in scores[name].items()},
@@ -1461,7 +1467,7 @@ def speed(c, model):
     return fig, {"claim": "what each trick buys", "verdict": "measured", "numbers": {"ratios": ratios, "rates": rates, "device": train.device_name(device), "torch": torch.__version__}}
 
 RACE = "--domains=expr --until=0.95 --questions=20"
-RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=2400"}
+RACES = {"ours": f"{RACE} --steps=400", "AdamW in Muon's place": f"{RACE} --recipe=adamw --steps=800", "nanoGPT's recipe": f"{RACE} --recipe=nanogpt --steps=2000"}
 
 def race(c, model=None):
     """Seconds and steps until 95 % of 200 validation questions (`expr`, 4 operands) are right, asked every 20 steps or 40 times a run: this project's recipe, AdamW
@@ -1473,7 +1479,7 @@ def race(c, model=None):
     found = {}
     for name, folders in train_arms(c, RACES).items():
         runs = [json.loads((f / "summary.json").read_text()) for f in folders]
-        found[name] = {"flags": RACES[name], **{k: [s[k] for s in runs] for k in ("seconds", "steps", "reached")}, "checksums": [train.checksum(f / "ckpt.pt") for f in folders]}
+        found[name] = {"flags": RACES[name], "seconds": [round(cost(read(f)), 1) for f in folders], **{k: [s[k] for s in runs] for k in ("steps", "reached")}, "checksums": [train.checksum(f / "ckpt.pt") for f in folders]}
     times = {f"{name} / ours": [a / b for a, b in zip(row["seconds"], found["ours"]["seconds"])] for name, row in found.items() if name != "ours"}
     fig, ax = plt.subplots(figsize=(7, 1.9))
     for i, (name, row) in enumerate(found.items()):
