@@ -1405,7 +1405,7 @@ def speed(c, model):
         row("SFT forward and backward: eager / compiled blocks", lambda: learn(model, pack), lambda: learn(compiled, pack))
     except Exception as e:                                                  # many kinds: no compiler here, or an old one
         print(f"compiled blocks: not measured, torch.compile says {type(e).__name__}")
-    row("SFT: forward and backward / making the batch (in a thread beside it)", lambda: learn(model, pack), lambda: text.batch(examples, device))
+    row("SFT: forward and backward / making the batch (by another process)", lambda: learn(model, pack), lambda: text.batch_at(0, packed.batch, mix, 0, device))
     hidden = [p for p in model.blocks.parameters()]
     for p in hidden:
         p.grad = torch.randn_like(p)
