@@ -1308,8 +1308,7 @@ def peak(f):
 def ratio(slow, fast, repeats=5):
     """How many times longer `slow` takes than `fast`: warmed up, interleaved, in this process. -> {median, minimum, maximum, seconds
     and peak MiB of both}."""
-    slow(), fast()
-    pairs = [(clock(slow), clock(fast)) for _ in range(repeats)]
+    pairs = [(clock(slow), clock(fast)) for _ in range(1 + repeats)][1:]
     r = sorted(s / f for s, f in pairs)
     return {"median": round(r[len(r) // 2], 2), "minimum": round(r[0], 2), "maximum": round(r[-1], 2),
             "seconds": [round(float(np.median(t)), 5) for t in zip(*pairs)], "MiB": [m and round(m, 1) for m in (peak(slow), peak(fast))]}
@@ -1372,18 +1371,19 @@ def sft_share(device, rate):
         for o in opts:
             o.step()
             o.zero_grad(set_to_none=True)
-    tokens, seconds = [], [clock(lambda: whole(i)) for i in range(25)]
+    tokens = []
+    seconds = [clock(lambda: whole(i)) for i in range(25)]
     each = float(np.median([t / s for t, s in zip(tokens[5:], seconds[5:])]))
     return {"useful tokens a second": round(each), "useful tokens x 6 x parameters, GFLOP/s": round(each * 6 * n / 1e9, 1), "share of the matmul rate": round(each * 6 * n / rate, 3)}
 
 def speed(c, model):
-    """What each trick buys on this machine: ratios of time, every one the median of five interleaved repeats in one process, with the
+    """What each trick buys on this machine: ratios of time, every one the median of five interleaved repeats in one process (the slowest: three), with the
     peak memory of both sides; and the share of the machine's own matmul rate (float32 on a CPU, bfloat16 on CUDA) that SFT reaches, counted in
     tokens that are no padding, times 6, times parameters."""
     device, rng, ratios, F = model.head.weight.device, random.Random(c.seed), {}, torch.nn.functional
     ids = lambda n: [rng.randrange(10) for _ in range(n)]
-    def row(name, slow, fast):
-        ratios[name] = r = ratio(slow, fast)
+    def row(name, slow, fast, repeats=5):
+        ratios[name] = r = ratio(slow, fast, repeats)
         print(f"| {name} | {r['median']:.2f} [{r['minimum']:.2f}, {r['maximum']:.2f}] | {' / '.join('-' if m is None else f'{m:.0f}' for m in r['MiB'])} |", flush=True)
     print("| ratio of times | median [minimum, maximum] | peak MiB |\n|---|---|---|")
 
@@ -1429,7 +1429,7 @@ def speed(c, model):
         one_pass = lambda: prefix_nll(model, [head], [t], [tail])
         if T == 64:
             row(f"curve of {T} tokens: one prefix at a time / one pass", lambda: prefix_by_prefix(model, head, t, tail, 1), one_pass)
-        row(f"curve of {T} tokens: 64 prefixes a batch / one pass", lambda: prefix_by_prefix(model, head, t, tail), one_pass)
+        row(f"curve of {T} tokens: 64 prefixes a batch / one pass", lambda: prefix_by_prefix(model, head, t, tail), one_pass, 3 if T > 512 else 5)
     q_ids, targets = queries(model, train.held_out("expr", 4, 1), [""])
     plane, points = directions(model, c.seed), torch.tensor([(a, b) for a in np.linspace(-1, 1, 15) for b in np.linspace(-1, 1, 15)], dtype=torch.float32, device=device)
     sheet = lambda size: surface(model, q_ids.expand(len(points), -1), targets.expand(len(points), -1), plane, points, size=size)
@@ -1439,8 +1439,8 @@ def speed(c, model):
     for n in (1, 16, 64, 256):
         tasks = [meta.Task(q, [";".join(arithmetic.steps(q, rng)[0])]) for q in (train.held_out("expr", 4, 64) * 4)[:n]]
         dual = lambda: meta_by_dual(model, inner, tasks)
-        row(f"second-order gradient, {n} questions: one after the other / dual form", lambda: meta_by_loop(model, inner, tasks), dual)
-        row(f"second-order gradient, {n} questions: torch.func.vmap / dual form", lambda: meta_by_vmap(model, inner, tasks), dual)
+        row(f"second-order gradient, {n} questions: one after the other / dual form", lambda: meta_by_loop(model, inner, tasks), dual, 3 if n > 64 else 5)
+        row(f"second-order gradient, {n} questions: torch.func.vmap / dual form", lambda: meta_by_vmap(model, inner, tasks), dual, 3 if n > 64 else 5)
         if n == 64:
             support, query = meta.tensors(tasks, device)
             sft = lambda: gradients(model, model.nll(support.ids, support.joint).sum() + model.nll(query.ids, query.targets).sum())
