@@ -461,11 +461,11 @@ def explicit(c, model):
     ax.set(title="solid: whole, dashed: last result cut", xlabel="operands", ylabel="exact match", ylim=(-0.03, 1.05))
     ax = axes["cosines"]
     for (label, cos), colour in zip(alike.items(), ("weights", "filler", "other")):
-        layers = [n for n in inner.names if n in cos]
+        layers = [n for n in inner.names if n in cos]                       # a layer that no update moves has no direction
         mean, low, high = zip(*(bootstrap(cos[n], n=500) for n in layers))
-        ax.errorbar(range(len(layers)), mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", markersize=3, color=COLOURS[colour], label=label)
+        ax.errorbar([inner.names.index(n) for n in layers], mean, [np.subtract(mean, low), np.subtract(high, mean)], fmt="o-", markersize=3, color=COLOURS[colour], label=label)
     ax.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
-    ax.set_xticks(range(len(layers)), layers, rotation=45, fontsize=7)
+    ax.set_xticks(range(len(inner.names)), inner.names, rotation=45, fontsize=7)
     ax.set(title="explicit update against implicit patch", ylabel="cosine", xlabel="fast layer")
     ax.margins(y=0.35)
     ax.legend(fontsize=7, loc="upper left")
