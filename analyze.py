@@ -1400,8 +1400,7 @@ def speed(c, model):
               for half in (halves[:32], halves[32:])]
     row("SFT forward and backward: two chunks, sorted and padded / packed", lambda: [learn(model, b) for b in halves], lambda: learn(model, pack))
     compiled = copy.deepcopy(model)
-    for b in compiled.blocks:
-        b.compile(dynamic=True)
+    compiled.compile_blocks()
     try:
         row("SFT forward and backward: eager / compiled blocks", lambda: learn(model, pack), lambda: learn(compiled, pack))
     except Exception as e:                                                  # many kinds: no compiler here, or an old one

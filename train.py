@@ -622,8 +622,7 @@ def train(c, given):
     else:
         model = Model(Config(text.VOCAB, c.layers, c.heads, c.width, gpt2=c.recipe == "nanogpt")).to(device)
     if c.compile == "yes" or c.compile == "auto" and device.type == "cuda":
-        for b in model.blocks:
-            b.compile(dynamic=True)
+        model.compile_blocks()
     low = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda")
     opts = optimisers(model, c.lr, c.lr_adam, c.recipe)
     if c.method == "sft":
