@@ -47,7 +47,7 @@ def attention(q, k, v, bias=None, plain=None):
 
     plain=True writes the formula out, False takes the fused kernel, None chooses. Fused kernels have no double backward
     (pytorch#116350), so whoever differentiates a gradient asks for plain. On a CPU the fused kernel is 1.7 times as fast by itself at 64 keys, and
-    3.9 at 1024; but in a whole training step of short rows neither wins, and plain is what None takes below 128."""
+    3.9 at 1024; but in a whole training step of short rows neither wins, compiled blocks are faster with plain, and so None takes plain below 128."""
     if plain is None:
         plain = q.device.type == "cpu" and k.size(-2) < 128
     if not plain:

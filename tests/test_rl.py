@@ -188,8 +188,9 @@ def test_a_pool_holds_the_same_questions_whatever_its_support():
 def test_compare_trains_what_is_missing_and_pairs_the_same_questions(tmp_path, capsys):
     small = " ".join(TINY)
     args = ["--seeds=2", "--questions=3", f"--out={tmp_path}", "--threads=1"]
-    c, _ = flags(analyze.Analyze, [f"--arm={small} --steps=2", f"--arm={small} --steps=2 | --method=grpo --batch=4 --group=2 --steps=1 --max_new=3", f"--arm={small} --steps=2", *args])
-    analyze.compare(c)
+    c, _ = flags(analyze.Analyze, [f"--arm={small} --steps=2", f"--arm={small} --steps=2 | meta.py --batch=2 --steps=1", f"--arm={small} --steps=2", *args])
+    _, result = analyze.compare(c)
+    assert {"weights", "weights, cut", "theta", "context, cut"} <= {*result["numbers"]["arms"][c.arm[1]]}
     assert len(list((tmp_path / "runs").glob("*/*/summary.json"))) == 4     # shared stages are trained once
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*/ckpt.pt")}
     _, result = analyze.compare(c)
