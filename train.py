@@ -79,7 +79,7 @@ class Train:
 
 PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000}}
 OWN = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3, "save_every": 25}      # defaults of grpo and dpo
-RECIPES = {"ours": {}, "adamw": {"lr": 0.01}, "nanogpt": {"lr": 0.001, "warmup": 100}}                   # and of recipes
+RECIPES = {"ours": {}, "adamw": {"lr": 0.003}, "nanogpt": {"lr": 0.001, "warmup": 100}}                   # and of recipes
 ONLY = {"grpo": ("update", "adv", "epochs", "eps", "kl"), "dpo": ("beta",)}
 
 
