@@ -46,8 +46,8 @@ def attention(q, k, v, bias=None, plain=None):
     T = S, and a single query sees everything.
 
     plain=True writes the formula out, False takes the fused kernel, None chooses. Fused kernels have no double backward
-    (pytorch#116350), so whoever differentiates a gradient asks for plain. On a CPU the fused kernel is 1.7 times as fast by itself at 64 keys, and
-    3.9 at 1024; but in a whole training step of short rows neither wins, compiled blocks are faster with plain, and so None takes plain below 128."""
+    (pytorch#116350), so whoever differentiates a gradient asks for plain. On a CPU the fused kernel is 1.8 times as fast by itself at 64 keys, and
+    4.3 at 1024; but in a whole training step of short rows neither wins, compiled blocks are faster with plain, and so None takes plain below 128."""
     if plain is None:
         plain = q.device.type == "cpu" and k.size(-2) < 128
     if not plain:
@@ -148,7 +148,7 @@ class Model(nn.Module):
         return self.score(self(ids, **kw), targets)
 
     def compile_blocks(self):
-        """torch.compile for every block: a CPU's SFT step takes 0.0 of the time, after some 20 s of compiling, and needs a C++ compiler."""
+        """torch.compile for every block: a CPU's SFT step takes 0.8 of the time, after some 20 s of compiling, and needs a C++ compiler."""
         torch._functorch.config.recompute_views = True                      # or ReLU's sign is stored as bytes, slow without AVX-512
         for b in self.blocks:
             b.compile(dynamic=True)
