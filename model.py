@@ -149,7 +149,7 @@ class Model(nn.Module):
 
     def compile_blocks(self):
         """torch.compile for every block: a CPU's SFT step takes 0.8 of the time, after some 20 s of compiling, and needs a C++ compiler."""
-        torch._functorch.config.recompute_views = True                      # or ReLU's sign is stored as bytes, slow without AVX-512
+        torch._functorch.config.recompute_views = True                      # or ReLU's sign is stored as bytes, which was slow on AVX2
         for b in self.blocks:
             b.compile(dynamic=True)
 
