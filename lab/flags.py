@@ -1,25 +1,18 @@
-"""Command lines: a dataclass whose fields are flags, the comment beside a field its help.
+"""A dataclass becomes a command line; what a flag may be stands in its field's own comment.
 
-Plain Python, so that a script can read its command line, and refuse it, before the seconds that torch takes to import.
+    steps: int = 1600               # [1, 1e9] optimiser steps
+    method: str = "sft"             # {sft, grpo, dpo} how to learn
+    names: tuple = ()               # ... experiments
+
+makes `--steps=N` within that interval (a round bracket leaves its end out), `--method` one of
+three, and `names` the words that belong to no flag. The rest of the comment is the help.
 """
 import argparse
 import inspect
 import math
 import re
 import sys
-from dataclasses import fields
-from pathlib import Path
-
-from data import arithmetic
-
-POSITIVE = {"steps", "batch", "chunks", "layers", "heads", "width", "questions", "save_every", "lr", "lr_adam", "K", "support", "tau", "clip", "seeds", "group", "epochs", "beta", "max_new", "grid"}
-SHARES = {"decay", "direct", "cut", "cut_from", "cut_full", "first_order", "until"}
-LARGEST = {"layers": 200, "heads": 200, "width": 20_000, "batch": 1e6, "chunks": 1e4, "group": 1e4, "max_new": 1e4, "threads": 1000, "jobs": 1000, "K": 100, "support": 100, "grid": 1001, "pool": 1e6, "epochs": 100,
-           "examples": 20, "seeds": 1000, "questions": 1e5, "alpha": 1e6}
-CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "yes", "no"),
-           "preset": ("auto", "tiny", "gpu"), "method": ("sft", "grpo", "dpo"), "recipe": ("ours", "adamw", "nanogpt"), "adv": ("grpo", "dr_grpo"),
-           "algo": ("maml", "fomaml", "reptile", "anil", "none"), "inner": ("whole", "step", "token"), "context_grad": ("full", "detached"),
-           "domain": tuple(arithmetic.TRAINED)}
+from dataclasses import fields, is_dataclass
 
 
 def fail(message):
@@ -28,12 +21,14 @@ def fail(message):
     print("error: " + line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     raise SystemExit(2)
 
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
 
+
 def integer(s):
-    if not re.fullmatch(r"-?\d{1,18}", s, re.ASCII):                        # int() would take other scripts' digits, and underscores
+    if not re.fullmatch(r"-?\d{1,18}", s, re.ASCII):    # int() takes other scripts' digits, and _
         raise ValueError
     return int(s)
 
@@ -42,31 +37,76 @@ def real(s):
         raise ValueError
     return float(s)
 
-def flags(cls, argv=None):
-    """argv -> (an instance of the dataclass cls, {name: value} of what argv gave). Exits 2 with a line for anything else."""
+def notes(cls):
+    """{field: (what it may be, its help)} from the comments behind a dataclass's fields.
+
+    What it may be: (low, high, low excluded) for a number, a list of choices, '...' or None."""
+    found = {}
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
+    for name, comment in re.findall(r"^    (\w+): .*?# (.*)$", source, re.M):
+        interval = re.match(r"([\[(])([\d.e]+), ([\d.e]+)\] ", comment)
+        choices = re.match(r"\{([\w, ]+)\} ", comment)
+        if interval:
+            bracket, low, high = interval.groups()
+            may, comment = (float(low), float(high), bracket == "("), comment[interval.end():]
+            comment = f"{comment}, {interval[0].strip()}"
+        elif choices:
+            may, comment = choices[1].split(", "), comment[choices.end():]
+        elif comment.startswith("... "):
+            may, comment = "...", comment[4:]
+        else:
+            may = None
+        found[name] = may, comment
+    return found
+
+def add(parser, field, may, note):
+    """One field of the dataclass as an argument of the parser."""
+    text = f"{note} (default: {field.default!r})".replace("%", "%%")
+    if may == "...":
+        parser.add_argument(field.name, nargs="*", help=note.replace("%", "%%"))
+    elif field.type is bool:
+        parser.add_argument(f"--{field.name}", action="store_true", help=text)
+    elif field.type is tuple:
+        parser.add_argument(f"--{field.name}", action="append", metavar="FLAGS", help=text)
+    else:
+        kind = {int: integer, float: real}.get(field.type, str)
+        choices = may if isinstance(may, list) else None
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices, help=text,
+                            metavar="|".join(choices) if choices else field.type.__name__)
+
+def refuse(name, v, may):
+    """A value that its field's comment does not allow."""
+    if isinstance(v, str) and not 0 < len(v) < 1000:
+        fail(f"--{name} is {'too long' if v else 'empty'}")
+    if isinstance(may, tuple):
+        low, high, excluded = may
+        if not math.isfinite(v) or not low <= v <= high or excluded and v == low:
+            bracket = "(" if excluded else "["
+            fail(f"--{name}={v} is out of range: {bracket}{low:g}, {high:g}]")
+
+def flags(cls, argv=None, epilog=""):
+    """argv -> (an instance of the dataclass cls, {name: value} of what argv gave). Exits 2 with a
+    line for anything else."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(cls), re.M))
     for a in argv:
-        if a.endswith("=--"):                                               # argparse would take it for the end of the flags
+        if a.endswith("=--"):                       # argparse takes it for the end of the flags
             fail(f"{a}: -- is no value")
-    parser = Parser(description=cls.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for f in fields(cls):
-        kind = dict(action="store_true") if f.type is bool else dict(action="append", metavar="FLAGS") if f.type is tuple else \
-            dict(type={int: integer, float: real}.get(f.type, str), choices=CHOICES.get(f.name), metavar=f.type.__name__)
-        parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} (default: {f.default!r})".replace("%", "%%"), **kind)
-    given, names = vars(parser.parse_args(argv)), [a.split("=")[0] for a in argv if a.startswith("--")]
-    for f in fields(cls):
-        if names.count(f"--{f.name}") > 1 and f.type is not tuple:
-            fail(f"--{f.name} is given twice")
+    parser = Parser(
+        usage="python %(prog)s --flag=value ...", description=inspect.cleandoc(cls.__doc__),
+        epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = notes(cls)
+    for field in fields(cls):
+        add(parser, field, *comments[field.name])
+    given = vars(parser.parse_intermixed_args(argv))
+
+    names = [a.split("=")[0] for a in argv if a.startswith("--")]
+    for field in fields(cls):
+        if field.type is not tuple and names.count(f"--{field.name}") > 1:
+            fail(f"--{field.name} is given twice")
     for name, v in given.items():
-        if isinstance(v, (int, float)) and not isinstance(v, bool):
-            if not math.isfinite(v) or not 0 <= v <= LARGEST.get(name, 1e9) or name in POSITIVE and not v or name in SHARES and v > 1:
-                fail(f"--{name}={v} is out of range" + " (a share: 0 to 1)" * (name in SHARES))
-        if isinstance(v, str) and name != "ask" and not 0 < len(v) < 1000:
-            fail(f"--{name} is {'too long' if v else 'empty'}")
-    c = cls(**given)
-    if getattr(c, "resume", False) and c.overwrite:
-        fail("--resume goes on with a run, --overwrite replaces it: choose one")
-    if getattr(c, "resume", False) and not (Path(c.out) / "ckpt.pt").exists():
-        fail(f"there is nothing to resume in {c.out}")
-    return c, given
+        if isinstance(v, list):
+            given[name] = tuple(v)
+        else:
+            refuse(name, v, comments[name][0])
+    return cls(**given), given

@@ -1,0 +1,107 @@
+"""How every figure looks: colours, bands, bars, a trajectory written under its curve.
+
+A figure is drawn from an experiment's JSON and from nothing else, so a new label needs no new run:
+
+    python analyze.py curve --redraw
+"""
+import textwrap
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lab.verdict import FRACTION
+
+matplotlib.rcParams.update({
+    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.dpi": 150, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+    "legend.frameon": False, "lines.linewidth": 1.6})
+
+# Okabe and Ito's palette (colour-blind safe), by what is drawn: the same everywhere.
+COLOURS = {
+    "correct": "#0072B2",           # the right trajectory, in the context
+    "weights": "#009E73",           # ... in the weights: theta'
+    "theta": "#CC79A7",             # no trajectory
+    "other": "#E69F00",             # another question's trajectory
+    "wrong": "#D55E00",             # a trajectory with a mistake in it
+    "filler": "#999999",            # no content
+    "light": "#56B4E9"}
+INK = "#333333"
+
+
+def panels(rows, columns, width=3.7, heights=None, **options):
+    """-> (figure, axes (rows, columns))."""
+    heights = heights or [2.7] * rows
+    fig = Figure(figsize=(width * columns, sum(heights)))
+    return fig, fig.subplots(rows, columns, squeeze=False, height_ratios=heights, **options)
+
+def mosaic(layout, size, **options):
+    """-> (figure, {name: axes}) of a layout by names."""
+    fig = Figure(figsize=size)
+    return fig, fig.subplot_mosaic(layout, **options)
+
+def band(ax, summary, colour, label=None, style="-", x=FRACTION):
+    """A mean curve with its interval, by default over the fraction of the trajectory read."""
+    ax.plot(x, summary["mean"], style, color=colour, label=label)
+    ax.fill_between(x, summary["low"], summary["high"], color=colour, alpha=0.2, lw=0)
+
+def written_under(ax, tokens, values, colour, label=None):
+    """One trajectory: a value after every token, the tokens under the axis, a line a step."""
+    ax.plot(range(len(values)), values, "o-", color=colour, ms=2.5, lw=1, label=label)
+    size = 7 if len(tokens) < 26 else 6
+    ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=size, family="monospace")
+    ax.tick_params(axis="x", length=0)
+    for i, token in enumerate(tokens):
+        if token == ";":
+            ax.axvline(i + 1, color="#cccccc", lw=0.8, zorder=0)
+
+def whisker(ax, x, summary, colour, **options):
+    """A bar with its interval, summary = [mean, low, high]."""
+    mean, low, high = summary
+    ax.bar(x, mean, options.pop("width", 0.7), color=colour, **options)
+    ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="none", ecolor=INK, elinewidth=0.8)
+
+def whiskers(ax, x, summaries, colour, **options):
+    """Joined dots at x, each [mean, low, high]."""
+    mean, low, high = np.transpose(summaries)
+    options = {"fmt": "o-", "ms": 3} | options
+    ax.errorbar(x, mean, [mean - low, high - mean], color=colour, **options)
+
+def boxes(ax, rows, least=1e-17):
+    """A horizontal box of numbers a row, {label: numbers}, on a logarithmic axis."""
+    values = [np.maximum(v, least) for v in rows.values()]
+    ax.boxplot(values, orientation="horizontal", tick_labels=list(rows), widths=0.6,
+               flierprops={"markersize": 2})
+    ax.set(xscale="log")
+
+def bars(ax, rows, colours=None, **labels):
+    """A horizontal bar a row, {label: {"mean": [mean, low, high], "seeds": [a value a seed]}}."""
+    palette = list(COLOURS.values())
+    for i, (name, row) in enumerate(rows.items()):
+        mean, low, high = row["mean"]
+        colour = (colours or {}).get(name, palette[i % len(palette)])
+        ax.barh(i, mean, 0.7, color=colour)
+        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
+        ax.plot(row.get("seeds", []), [i] * len(row.get("seeds", [])), ".", color=INK, ms=3)
+    ax.set_yticks(range(len(rows)), [textwrap.fill(name, 40) for name in rows])
+    ax.set(ylim=(len(rows) - 0.4, -0.6), **labels)
+
+def path_on(ax, sheet, sides, path, size=1.0):
+    """L_q over a plane, (b, a) values at sides = (a, b), and a path (points, 2) in it, from the
+    plus to the star. -> the shading, for a colour bar."""
+    high = max(float(np.quantile(sheet, 0.95)), 1e-3)
+    levels = np.linspace(0, high, 15)
+    shade = ax.contourf(*sides, np.minimum(sheet, high), levels, cmap="cividis")
+    ax.plot(*path.T, "-", color="white", lw=2.4)
+    ax.plot(*path.T, "o-", color=COLOURS["wrong"], ms=3.5, lw=1)
+    ax.plot(*path[0], "P", color="white", ms=9 * size, mec="black")
+    ax.plot(*path[-1], "*", color="white", ms=13 * size, mec="black")
+    return shade
+
+def scale(fig, shade, ax):
+    """The colour bar of a shading of L_q."""
+    fig.colorbar(shade, ax=ax, label="$L_q$ (nats a token)", shrink=0.8, ticks=MaxNLocator(5))
+
+def zero_line(ax):
+    ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)
