@@ -1,0 +1,144 @@
+"""Do tokens play different roles, reflection tokens above all? (Fig. 6)
+
+Signed one-step falls of L_hat by kind of token, against other tokens in the same fifth of their
+trajectory.
+
+roles: results make L_hat fall more than other tokens do.
+reflection: `W` and its correction do; only where the run was trained on `reflect` trajectories,
+    since other models never saw a W.
+
+Supported where the 95 % bootstrap interval over questions lies above 0, refuted where it lies
+below. Beside it the official notebook's ratio |L_{i+1} - L_{i-1}| / L_{i-1}, which spans two steps
+and is held against an average over one.
+"""
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from analyze import cell_of, curves_of
+from data import arithmetic
+from lab.figure import COLOURS, panels, whisker, zero_line
+from lab.run import load
+from lab.verdict import decide, interval, spoken
+
+CLAIM = "Fig. 6: tokens play different roles; reflection tokens take large steps"
+FIFTHS = 5
+KINDS = {                                   # {kind: (label, colour)}
+    "operand": ("operand", COLOURS["filler"]), "operator": ("operator", COLOURS["filler"]),
+    "result": ("result", COLOURS["correct"]), "end": ("end of\na step (;)", COLOURS["filler"]),
+    "slip": ("slip", COLOURS["other"]), "W": ("W and its\ncorrection", COLOURS["wrong"])}
+
+
+# --------------------------------------------------------------------------------------- measure
+
+class Raw(NamedTuple):
+    title: str
+    curves: list                            # L_hat, an array (|t| + 1,) a question
+    kinds: list                             # the kind of every token, a list a question
+    reflects: bool                          # has the model seen a W?
+
+
+def measure(c, model):
+    cell, rng = cell_of(c), random.Random(f"{c.seed}/tokens")
+    reflects = "reflect" in load(Path(c.sft) / "ckpt.pt")["config"]["style"]
+    style = "reflect" if reflects else "long"
+    thinks = [arithmetic.trajectory(q, rng, style) for q in cell.questions]
+    curves = curves_of(model, cell.questions, thinks)
+    return Raw(cell.title, curves, [kinds_of(t) for t in thinks], reflects)
+
+def kinds_of(think):
+    """The kind of every token of a trajectory, as text: a key of KINDS each."""
+    kinds = []
+    for step in think.split(";"):
+        tries = step.split("W")
+        for k, part in enumerate(tries):
+            left, equals, right = part.partition("=")
+            slips = k + 1 < len(tries)
+            if k:                           # behind a W: its correction
+                kinds += ["W"] * len(part)
+            else:
+                kinds += ["operand" if c in arithmetic.DIGITS else "operator" for c in left]
+                kinds += ["operator"] * len(equals) + ["slip" if slips else "result"] * len(right)
+            kinds += ["W"] * slips
+        kinds.append("end")
+    return kinds[:-1]
+
+
+# ----------------------------------------------------------------------------------------- judge
+
+def judge(raw):
+    parts = {"roles": "result", "reflection": "W"} if raw.reflects else {"roles": "result"}
+    verdicts, gaps = {}, {}
+    for part, kind in parts.items():
+        verdicts[part], gaps[part] = decide({kind: beyond_others(raw.curves, raw.kinds, kind)})
+    if not raw.reflects:
+        verdicts["reflection"] = "not tested (no `W` in this run's training)"
+    falls = falls_by_kind(raw.curves, raw.kinds)
+    return spoken(verdicts), {
+        "gaps": gaps, "title": raw.title,
+        "falls": {kind: interval(v) for kind, v in falls.items()},
+        "tokens": {kind: len(v) for kind, v in falls.items()},
+        "notebook's ratio": notebook(raw.curves, raw.kinds)}
+
+def falls_by_kind(curves, kinds):
+    """{kind: L_hat's fall at every token of it}"""
+    falls = {}
+    for y, names in zip(curves, kinds):
+        for i, kind in enumerate(names):
+            falls.setdefault(kind, []).append(y[i] - y[i + 1])
+    return falls
+
+def beyond_others(curves, kinds, kind):
+    """How much more L_hat falls at tokens of a kind than at others in the same fifth of their
+    trajectory -> a number a question that has both"""
+    rows = []                               # (question, fifth, kind, fall)
+    for j, (y, names) in enumerate(zip(curves, kinds)):
+        for i, name in enumerate(names):
+            rows.append((j, i * FIFTHS // len(names), name, y[i] - y[i + 1]))
+    level = {}
+    for fifth in range(FIFTHS):
+        others = [fall for _, at, name, fall in rows if at == fifth and name != kind]
+        level[fifth] = np.mean(others) if others else None
+    differences = {}
+    for j, fifth, name, fall in rows:
+        if name == kind and level[fifth] is not None:
+            differences.setdefault(j, []).append(fall - level[fifth])
+    return np.array([np.mean(v) for v in differences.values()])
+
+def notebook(curves, kinds):
+    """The official notebook's ratio by kind of token, spanning one step and two."""
+    one, two = {}, {}
+    for y, names in zip(curves, kinds):
+        for i in range(1, len(names)):
+            now, after = one.setdefault(names[i], []), two.setdefault(names[i], [])
+            now.append(abs(y[i + 1] - y[i]) / max(y[i], 1e-6))
+            after.append(abs(y[i + 1] - y[i - 1]) / max(y[i - 1], 1e-6))
+    average = np.mean(sum(one.values(), []))
+    return {kind: {"one step": float(np.median(one[kind])),
+                   "two steps": float(np.median(two[kind])),
+                   "mean, two steps / all, one step": float(np.mean(two[kind]) / average)}
+            for kind in one}
+
+
+# ------------------------------------------------------------------------------------------ draw
+
+def draw(numbers):
+    fig, ((falls, ratio),) = panels(1, 2, width=5, heights=[3.6])
+    shown = {kind: look for kind, look in KINDS.items() if kind in numbers["falls"]}
+    spans = {"one step": COLOURS["correct"], "two steps": COLOURS["other"]}
+    for i, (kind, (_, colour)) in enumerate(shown.items()):
+        whisker(falls, i, numbers["falls"][kind], colour)
+        for j, (span, colour) in enumerate(spans.items()):
+            value = numbers["notebook's ratio"].get(kind, {}).get(span, 0)
+            ratio.bar(i + 0.36 * (j - 0.5), value, 0.34, color=colour,
+                      label=span if i == 0 else None)
+    for ax in (falls, ratio):
+        ax.set_xticks(range(len(shown)), [label for label, _ in shown.values()])
+    zero_line(falls)
+    falls.set(ylabel=r"fall of $\hat{L}$ at the token (nats)", title=numbers["title"])
+    ratio.set(ylabel=r"median $|\Delta\hat{L}| / \hat{L}$",
+              title="the notebook's ratio, spanning one step or two")
+    ratio.legend()
+    return fig
