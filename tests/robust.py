@@ -1,13 +1,16 @@
-"""Nothing lost, nothing executed, nothing silent: what is tried, how often, what was lost. Prints a table; exit code 1 if anything was.
+"""Nothing lost, nothing executed, nothing silent: what is done, how often, what must come out.
 
     python tests/robust.py            # the short form, which the tests run
     python tests/robust.py --long     # the counts in the README
 
-Runs are tiny but real. Each is a fork of this process, so that torch is imported once and a kill costs no more than the run.
+ROWS, at the end, is the table. An attack is a function of a number i that asserts what must come
+out; a row calls it for i = 0, 1, ... Runs are tiny but real, in a temporary folder, the current
+one. Each is a fork of this process: torch is imported once, and a kill costs no more than the run.
 """
 import contextlib
+import functools
+import importlib
 import io
-import json
 import os
 import random
 import resource
@@ -17,249 +20,385 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
+from typing import Callable, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch                                                                # noqa: E402
-
-import meta                                                                 # noqa: E402
-import train                                                                # noqa: E402
-
+ROOT = Path(__file__).resolve().parent.parent
 LONG = "--long" in sys.argv
-RNG = random.Random(0)
-SHAPE = ["--layers=2", "--heads=2", "--width=16"]
+
+# For those of the project, whose folder is on the path from `main` on.
+module = importlib.import_module
+
 SMALL = ["--questions=2", "--threads=1", "--device=cpu"]
-lost, rows, checks = [], [], [0]
+SFT = ["--batch=8", "--layers=2", "--heads=2", "--width=16", *SMALL]
+META = ["--init=base/ckpt.pt", "--batch=4", *SMALL]
+GRPO = ["--init=base/ckpt.pt", "--method=grpo", "--batch=8", "--group=4", "--max_new=8", *SMALL]
+RUNS = {"sft": ("train", ["--steps=40", *SFT]), "grpo": ("train", ["--steps=20", *GRPO]),
+        "meta": ("meta", ["--steps=20", *META])}
+GOOD = Path("sft-4")                # a run that nothing stopped, made by the row that kills
 
 
-def start(script, args, before=lambda: None):
-    """Forks a child that runs a script's command line. -> its pid; its stderr goes to a file beside --out."""
-    out = next(a for a in args if a.startswith("--out="))[6:]
+# ------------------------------------------------------------------------------------------ runs
+
+class Ended(NamedTuple):
+    code: int                       # exit code, or minus the signal
+    err: str                        # what it wrote to stderr
+
+def start(script, args, before=None):
+    """Forks a child that calls `before`, then a script's command line; after a minute it hangs, and
+    is killed. -> its pid, and the file that its stderr goes to"""
+    err = tempfile.TemporaryFile()
     pid = os.fork()
     if pid:
-        return pid
-    with open(out + ".err", "w") as err:
-        os.dup2(err.fileno(), 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = [script.__file__, *args]
-        torch.set_num_threads(1)
-        before()
-        try:
-            train.command(script.main)
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        except BaseException as e:
-            print("Traceback", repr(e), file=sys.stderr)
-            code = 99
-        sys.stderr.flush()
+        return pid, err
+    signal.alarm(60)
+    os.dup2(err.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.argv, code = [f"{script}.py", *args], 99
+    try:
+        if before:
+            before()
+        module(script).command(module(script).main)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
         os._exit(code)
 
-def finish(pid, patience=60):
-    """-> exit code; a run that takes longer than a minute hangs, and is killed."""
-    for _ in range(100 * patience):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return "hangs"
+def finish(pid, err):
+    """Waits for a child -> Ended"""
+    _, status = os.waitpid(pid, 0)
+    with err:
+        err.seek(0)
+        return Ended(os.waitstatus_to_exitcode(status), err.read().decode(errors="replace"))
 
-def run(script, args, before=lambda: None):
-    return finish(start(script, args, before))
+def run(script, args, before=None):
+    return finish(*start(script, args, before))
+
+def appears(path):
+    """Waits for a file, a minute at most."""
+    until = time.perf_counter() + 60
+    while not path.exists() and time.perf_counter() < until:
+        time.sleep(0.002)
+
+def refused(ended, *words, code=2):
+    """Asserts one line on stderr that has the words, and the exit code."""
+    one_line = ended.err.startswith("error: ") and ended.err.count("\n") == 1
+    assert ended.code == code and one_line and all(w in ended.err for w in words), ended
+
+def state_of(folder):
+    return torch.load(Path(folder) / "ckpt.pt", weights_only=True)
+
+def log_of(folder):
+    return module("lab.run").read_log(folder)
+
+def numbers(state):
+    """What a checkpoint holds that may not depend on how often its run was stopped."""
+    return {key: state[key] for key in ("step", "model", "optimisers", "extra")}
 
 def product(folder):
-    """What a run leaves that may not depend on how often it was stopped: weights, optimisers, log without times."""
-    state = torch.load(folder / "ckpt.pt", weights_only=True)
-    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    flat = {k: v for k, v in state["model"]["weights"].items()}
-    for i, o in enumerate(state["optimisers"]):
-        flat |= {f"{i}/{j}/{k}": v for j, s in o["state"].items() for k, v in s.items()}
-    return flat, log
+    """The same of a run: that, and its log without times."""
+    log = log_of(folder)
+    for line in log:
+        del line["seconds"]
+    return {**numbers(state_of(folder)), "log": log}
 
-def same(a, b):
-    return a[1] == b[1] and a[0].keys() == b[0].keys() and all(torch.equal(torch.as_tensor(v), torch.as_tensor(b[0][k])) for k, v in a[0].items())
+# Asserts that nested numbers and tensors are equal, bit for bit.
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
-def expect(what, ok, *about):
-    checks[0] += 1
-    if not ok:
-        lost.append(f"{what}: {about}")
-    return ok
-
-def row(what, how, tried=None):
-    """Closes a part of the table: how often (default: the checks since the last row), and `how` only if none of them failed."""
-    failed = len(lost) - sum(f for *_, f in rows)
-    rows.append((what, checks[0] if tried is None else tried, f"LOST: {failed}" if failed else how, failed))
-    checks[0] = 0
-
-def one_line(path):
-    err = Path(path).read_text()
-    return err.startswith("error: ") and err.count("\n") == 1
+@functools.cache
+def straight(kind, every):
+    """A run that nothing stops, in the folder KIND-EVERY -> (its product, seconds, seconds of its
+    steps)"""
+    script, args = RUNS[kind]
+    began = time.perf_counter()
+    ended = run(script, [f"--out={kind}-{every}", *args, f"--save_every={every}"])
+    assert ended.code == 0, ended
+    seconds = time.perf_counter() - began
+    return product(f"{kind}-{every}"), seconds, state_of(f"{kind}-{every}")["seconds"]
 
 
-def kills(work):
-    """SIGKILL at random moments, half of them in runs that do little but write checkpoints; then --resume, against a run never stopped."""
-    base = work / "base"
-    run(train, [f"--out={base}", "--steps=2", "--batch=8", *SHAPE, *SMALL])
-    modes = {"sft": (train, ["--steps=40", "--batch=8", *SHAPE]), "grpo": (train, ["--method=grpo", f"--init={base / 'ckpt.pt'}", "--steps=12", "--batch=8", "--group=4", "--max_new=8"]),
-             "meta": (meta, [f"--init={base / 'ckpt.pt'}", "--steps=12", "--batch=4"])}
-    tried = 0
-    for mode, (script, args) in modes.items():
-        for every in (1, 4):
-            args_ = [*args, *SMALL, f"--save_every={every}"]
-            began = time.perf_counter()
-            expect("a straight run", run(script, [f"--out={work / f'{mode}-{every}'}", *args_]) == 0, mode)
-            whole, straight = time.perf_counter() - began, product(work / f"{mode}-{every}")
-            for i in range(5 if LONG else 1):
-                out = work / f"{mode}-{every}-{i}"
-                pid = start(script, [f"--out={out}", *args_])
-                time.sleep(RNG.uniform(0.02, whole))
-                os.kill(pid, signal.SIGKILL)
-                finish(pid)
-                tried += 1
-                again = ["--resume"] if (out / "ckpt.pt").exists() else [*args_, "--overwrite"]
-                expect("resuming", run(script, [f"--out={out}", *again]) == 0, mode, Path(f"{out}.err").read_text()[-300:])
-                expect("the bits and lines of a run never stopped", same(product(out), straight), mode, every, i)
-    row("kill -9 at a random moment (sft, grpo, meta), then --resume", "bit-identical weights, optimisers and log", tried)
-    return work / "sft-4", modes["sft"][1]
+# --------------------------------------------------------------------------------- command lines
 
-def stops(work, args):
-    for s, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        out = work / f"signal-{code}"
-        pid = start(train, [f"--out={out}", *(a for a in args if "steps" not in a), *SMALL, "--steps=2000"])
-        while not (out / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        time.sleep(0.1)
-        os.kill(pid, s)
-        expect("a signal", finish(pid) == code and "--resume" in Path(f"{out}.err").read_text() and (out / "ckpt.pt").exists(), code)
+VALUES = ["", "x", "-1", "-0.5", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "٣", "１", "²",
+          "1_000", "0x10", "1,5", "--", "🙂", "\udcff", "None", "[]", "%s", "1;2", " 3", "3 ",
+          "(" * 99, "(" * 9000]
+# Of these any other text is a path, a pattern or a name.
+LOOSE = {"out", "init", "fast", "sft", "meta", "uncut", "tag"}
 
-def refused(path):
-    """Is a file refused with one line and exit code 2? -> (refused, its content if it was taken)."""
+LINES = {
+    "train": """
+        --resume --overwrite | --resume | --method=grpo | --kl=1 | --beta=1 | --group=4 | extra |
+        --ask=3+4 --steps=3 | --ask=3+4 | --direct=0.6 --cut=0.6 | --width=15 | --support=4 |
+        --method=dpo --init=x --style=long | --method=dpo --init=x --kl=1 | --style=long,direct |
+        --method=grpo --init=x --update=99 | --method=grpo --init=x --group=7 | --init=nowhere |
+        --domains=sum --operands=9""",
+    "meta": """
+        --resume --overwrite | --resume | --cut_from=0.9 --cut_full=0.1 | --missing=0,0,0 | extra |
+        --operands=3,,4 | --domain=sum --operands=9 | --init=nowhere""",
+    "analyze": """
+        nope | nope --redraw | curve curve | compare | compare --arm=--steps=3 | --grid=4 |
+        curve --arm=a --arm=b | --cells=expr:4,"""}
+ANY_SCRIPT = "--nope|--nope=1|-x|--out|--seed=1 --seed=2|--seed|-- x|--SEED=1|--see=1|é"
+
+@functools.cache
+def hostile_lines():
+    """[(script, words)]: those above, then every flag with every value, in a random order."""
+    lines, valued = [], []
+    for script, some in LINES.items():
+        for line in f"{some} | {ANY_SCRIPT}".split("|"):
+            lines.append((script, line.split()))
+        for field in fields(getattr(module(script), script.title())):
+            values = ["", "9" * 5000] if field.name in LOOSE else VALUES
+            valued += [(script, [f"--{field.name}={value}"]) for value in values]
+    random.Random(0).shuffle(valued)
+    return lines + valued
+
+def hostile(i, call=run, limit=2):
+    """call(script, words, what to do before) -> Ended. -> seconds that it took"""
+    script, words = hostile_lines()[i]
+    folder = tempfile.mkdtemp(dir=".")
+
+    def before():
+        os.chdir(folder)
+        signal.alarm(10)                            # for a line that is taken for a good one
+    began = time.perf_counter()
+    ended = call(script, words, before)
+    took = time.perf_counter() - began
+    about = script, [word[:60] for word in words], took, ended, os.listdir(folder)
+    assert ended.code == 2 and took < limit and not os.listdir(folder), about
+    refused(ended)
+    return took
+
+def process(script, words, before):
+    """`run` in a process that imports everything for itself."""
+    command = [sys.executable, ROOT / f"{script}.py", *words]
+    ended = subprocess.run(command, preexec_fn=before, capture_output=True)
+    return Ended(ended.returncode, ended.stderr.decode(errors="replace"))
+
+def hostile_process(i):
+    """The limit is for a computer that does nothing else."""
+    anywhere = random.Random(i).randrange(len(hostile_lines()))
+    return hostile(anywhere, process, 3 if LONG else 10)
+
+
+# --------------------------------------------------------------------------- runs that end early
+
+def kill(i):
+    """Half of the runs do little but write checkpoints; every other six die while they learn."""
+    kind, every, learning = list(RUNS)[i % 3], (1, 4)[i // 3 % 2], i // 6 % 2
+    expected, seconds, seconds_in_loop = straight(kind, every)
+    script, args = RUNS[kind]
+    args, out = [*args, f"--save_every={every}"], Path(f"killed-{i}")
+    pid, err = start(script, [f"--out={out}", *args])
+    if learning:
+        appears(out / "metrics.jsonl")
+    time.sleep(random.Random(i).uniform(0, seconds_in_loop if learning else seconds))
+    os.kill(pid, signal.SIGKILL)
+    finish(pid, err)
+    saved = (out / "ckpt.pt").exists()
+    ended = run(script, [f"--out={out}", *(["--resume"] if saved else [*args, "--overwrite"])])
+    assert ended.code == 0, (kind, every, ended)
+    same(product(out), expected)
+    return "resumed" if saved else "before the first checkpoint"
+
+def once_more(_):
+    ended = run("train", ["--out=twin", "--steps=40", *SFT])
+    assert ended.code == 0, ended
+    same(product("twin"), product(GOOD))
+
+def stop(i):
+    number, code = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][i]
+    out = Path(f"stopped-{code}")
+    pid, err = start("train", [f"--out={out}", "--steps=100000", *SFT, "--save_every=9"])
+    appears(out / "ckpt.pt")
+    os.kill(pid, number)
+    ended = finish(pid, err)
+    assert ended.code == code and "--resume" in ended.err, ended
+    assert state_of(out)["step"] == len(log_of(out)), "a step is not saved"
+
+def full_from(owner, name, call, size):
+    """A `before`: from the call-th call of owner.name on there is room for no file beyond `size`
+    bytes."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*args, **options):
+        calls.append(args)
+        if len(calls) == call:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        return real(*args, **options)
+    return functools.partial(setattr, owner, name, counted)
+
+def full_at_checkpoint(_):
+    full = full_from(module("lab.run"), "save", 2, 4000)
+    ended = run("train", ["--out=full", "--steps=40", *SFT, "--save_every=4"], full)
+    refused(ended, "before still does")
+    assert state_of("full")["step"] == 4 and not list(Path("full").glob("*.part"))
+    ended = run("train", ["--out=full", "--resume"])
+    assert ended.code == 0, ended
+    same(product("full"), product(GOOD))
+
+def full_at_log(i):
+    """config.json, the first that is written; then the log, which is written at a checkpoint."""
+    run_class = module("lab.run").Run
+    full = [full_from(run_class, "begin", 1, 100), full_from(run_class, "update", 1, 2000)][i]
+    refused(run("train", [f"--out=tight-{i}", "--steps=40", *SFT], full), "too large")
+    assert not Path(f"tight-{i}/ckpt.pt").exists()
+
+def explode(_):
+    rates = ["--lr=1e9", "--lr_adam=1e9"]
+    ended = run("train", ["--out=wild", "--steps=60", *SFT, *rates, "--save_every=1"])
+    refused(ended, "step", "is good", code=1)
+    assert 0 < state_of("wild")["step"] == len(log_of("wild"))
+
+def too_little_memory(_):
+    """Half a GB more than the process has mapped already."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**29
+    before = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (size, size))
+    large = ["--layers=2", "--heads=2", "--width=64", "--batch=10000", *SMALL]
+    refused(run("train", ["--out=huge", "--steps=1", *large], before), "--batch", "--chunks")
+
+
+# --------------------------------------------------------------------------- files, good and bad
+
+def loaded(path):
+    """-> the checkpoint at a path, or None if it was refused."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         try:
-            return False, train.load(path)
+            return module("lab.run").load(path)
         except SystemExit as e:
-            return e.code == 2 and err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1, None
+            code = e.code
+    refused(Ended(code, err.getvalue()))
 
-def files(work, run_):
-    good = (run_ / "ckpt.pt").read_bytes()
-    path, truth = work / "x.pt", product(run_)[0]
-    for i in range(16):
-        path.write_bytes(good[:len(good) * i // 16])
-        expect("a checkpoint cut short is refused", refused(path)[0], i)
-    flips = caught = 0
-    for _ in range(200 if LONG else 60):
-        at = RNG.randrange(len(good))
-        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << RNG.randrange(8)]) + good[at + 1:])
-        no, state = refused(path)
-        flips, caught = flips + 1, caught + no
-        expect("a flipped bit is refused, or harmless", no or all(torch.equal(v, truth[k]) for k, v in state["model"]["weights"].items()) and state["config"] is not None, at)
-    row("a checkpoint cut at every sixteenth, or with one bit flipped", f"{16 + caught} refused, {flips - caught} flips in bytes that mean nothing", 16 + flips)
+def cut_short(i):
+    good, path = (GOOD / "ckpt.pt").read_bytes(), Path("short.pt")
+    path.write_bytes(good[:len(good) * i // 16])
+    assert loaded(path) is None
 
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(work / "executed"),)
-    state = torch.load(run_ / "ckpt.pt", weights_only=True)
-    for name, made in {"payload": Payload(), "another version": state | {"format": "raml-arithmetic checkpoint 0"}, "another encoding": state | {"encoding": "gpt2"}, "a list": [1]}.items():
-        torch.save(made, path)
-        expect(f"{name} is refused", refused(path)[0])
+def flip(i):
+    rng, data, path = random.Random(i), bytearray((GOOD / "ckpt.pt").read_bytes()), Path("flip.pt")
+    at = rng.randrange(len(data))
+    data[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    state, truth = loaded(path), state_of(GOOD)
+    if state is None:
+        return "refused"
+    assert state["config"] == truth["config"], at
+    same(numbers(state), numbers(truth))
+    return "in bytes that mean nothing"
+
+class Payload:
+    """Executes something where it is unpickled."""
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+def raw_pickle(path):
     with zipfile.ZipFile(path, "w") as z:
         z.writestr("x/data.pkl", b"cos\nsystem\n(S'touch executed'\ntR.")
-    expect("a raw pickle is refused", refused(path)[0])
-    for made in (b"", b"hello"):
+
+# An object for torch to save, what differs from a good checkpoint, bytes, or what makes the path.
+FILES = [Payload(), [1], {"format": "raml-arithmetic checkpoint 0"}, {"encoding": "gpt2"},
+         b"", b"hello", raw_pickle, os.mkdir, os.path.exists]
+
+def no_checkpoint(i):
+    made, path = FILES[i], Path(f"no-checkpoint-{i}")
+    if callable(made):
+        made(path)
+    elif isinstance(made, bytes):
         path.write_bytes(made)
-        expect("no checkpoint at all is refused", refused(path)[0])
-    expect("a directory is refused", refused(work)[0])
-    expect("a missing file is refused", refused(work / "nowhere")[0])
-    expect("nothing was executed", not (work / "executed").exists() and not Path("executed").exists())
-    broken = work / "broken"
-    shutil.copytree(run_, broken)
-    (broken / "ckpt.pt").write_bytes(good[:len(good) // 2])
-    before = {p.name: p.read_bytes() for p in broken.iterdir()}
-    expect("resuming from a broken file is refused", run(train, [f"--out={broken}", "--resume"]) == 2 and one_line(f"{broken}.err"))
-    expect("and nothing is overwritten", before == {p.name: p.read_bytes() for p in broken.iterdir()})
-    row("other files: payload, raw pickle, other version or encoding, empty, text, directory, missing, resume from a half (checks)", "refused, nothing executed or overwritten")
+    else:
+        torch.save(state_of(GOOD) | made if isinstance(made, dict) else made, path)
+    assert loaded(path) is None and not Path("executed").exists(), made
 
-def disk(work, args):
-    """The second checkpoint does not fit; neither does a line of the log; the folder cannot be made."""
-    out, real = work / "full", train.save
-    def small():
-        calls = []
-        def save(path, **state):
-            calls.append(1)
-            if len(calls) == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-            real(path, **state)
-        train.save = save
-    args = [*args, *SMALL, "--save_every=4"]
-    expect("a full disk is a line", run(train, [f"--out={out}", *args], small) == 2 and one_line(f"{out}.err") and "before still does" in Path(f"{out}.err").read_text(), Path(f"{out}.err").read_text())
-    expect("the last good checkpoint stands", torch.load(out / "ckpt.pt", weights_only=True)["step"] == 4 and not list(out.glob("*.part")))
-    expect("and can be gone on from", run(train, [f"--out={out}", "--resume"]) == 0 and same(product(out), product(work / "sft-4")))
-    tight = work / "tight"
-    expect("no room for the log is a line", run(train, [f"--out={tight}", *args], lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))) == 2 and one_line(f"{tight}.err"), Path(f"{tight}.err").read_text())
-    (work / "file").write_text("")
-    expect("a file in the way is a line", run(train, [f"--out={work / 'file'}", *args]) == 2 and one_line(str(work / "file") + ".err"))
-    before = (out / "ckpt.pt").read_bytes()
-    expect("a second run into one folder is refused", run(train, [f"--out={out}", *args]) == 2 and (out / "ckpt.pt").read_bytes() == before)
-    wild = work / "wild"
-    expect("a loss that explodes stops and names the step", run(train, [f"--out={wild}", *[a for a in args if "steps" not in a], "--steps=60", "--lr=1e9", "--lr_adam=1e9"]) == 1 and "step" in Path(f"{wild}.err").read_text())
-    def hungry():
-        resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
-    huge = work / "huge"
-    expect("out of memory is a line with two flags", run(train, [f"--out={huge}", "--steps=1", "--batch=100000", "--chunks=1", "--width=64", "--heads=2", "--layers=2", *SMALL], hungry) == 2
-           and all(w in Path(f"{huge}.err").read_text() for w in ("--batch", "--chunks")), Path(f"{huge}.err").read_text()[-300:])
-    row("full disk at a checkpoint or in the log, file in the way, second run into a folder, exploding loss, out of memory (checks)", "one line each, last good checkpoint stands")
+def untouched(i):
+    """Half a checkpoint, a run that is there already, a file in the folder's place."""
+    out = [Path("half"), GOOD, Path("file")][i]
+    if i == 0:
+        shutil.copytree(GOOD, out)
+        os.truncate(out / "ckpt.pt", (out / "ckpt.pt").stat().st_size // 2)
+    if i == 2:
+        out.write_text("mine")
 
-def hostile(work):
-    flags = {"train.py": "steps batch lr width seed out style domains operands method init group cut direct threads device".split(),
-             "meta.py": "algo K alpha tau operands missing fast inner steps cut_from out seed context_grad".split(), "analyze.py": "questions cells grid seeds sft out device seed".split()}
-    values = ["", "x", "-1", "-0.5", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "٣", "１", "²", "1_000", "0x10", "1,5", "--", "🙂", "\udcff", "None", "[]", "%s", "1;2", " 3", "3 "]
-    loose = {"train.py": {"out", "init"}, "meta.py": {"out", "fast"}, "analyze.py": {"out", "sft"}}      # any text is a path or a pattern
-    lines = []
-    for script, names in flags.items():
-        lines += [(script, [f"--{n}={v}"]) for n in names if n not in loose[script] for v in values]
-        lines += [(script, [f"--{n}={v}"]) for n in sorted(loose[script] - {"fast"}) for v in ("", "9" * 5000)]
-        lines += [(script, a) for a in (["--nope"], ["--nope=1"], ["-x"], ["--out"], ["--seed=1", "--seed=2"], ["--seed"], ["--"] + ["x"], ["--SEED=1"], ["--see=1"], ["é"])]
-    lines += [("train.py", a) for a in (["--resume", "--overwrite"], ["--method=grpo"], ["--kl=1"], ["--ask=3+4", "--steps=3"], ["--ask="], ["--ask=" + "(" * 9000], ["--direct=0.6", "--cut=0.6"], ["--width=15"], ["--support=4"],
-                                        ["--method=dpo", "--init=x", "--style=long"], ["--method=grpo", "--init=x", "--update=99"], ["extra"])]
-    lines += [("meta.py", a) for a in (["--cut_from=0.9", "--cut_full=0.1"], ["--missing=0,0,0"], ["--operands=3,,4"], ["--domain=sum", "--operands=9"])]
-    lines += [("analyze.py", a) for a in (["nope"], ["curve", "curve"], ["compare"], ["compare", "--arm=--steps=3"], ["curve", "--arm=a", "--arm=b"], ["--grid=4"], ["--cells=expr:4,"])]
-    RNG.shuffle(lines)
-    lines, slowest = lines[:300 if LONG else 40], 0.0
-    if not expect("enough hostile lines", len(lines) == (300 if LONG else 40), len(lines)):
-        return
-    for script, args in lines:
-        began = time.perf_counter()
+    def contents():
+        return {path: path.read_bytes() for path in (out, *out.rglob("*")) if path.is_file()}
+    before = contents()
+    refused(run("train", [f"--out={out}", *(SFT if i else ["--resume"])]))
+    assert contents() == before and before
+
+
+# ------------------------------------------------------------------------------------- the table
+
+class Row(NamedTuple):
+    what: str                       # what is done
+    attack: Callable                # i -> None, or a word or a time for the table
+    short: int                      # how often in the tests
+    long: int                       # ... with --long
+    must: str                       # what must come out
+
+ROWS = [
+    Row("a hostile command line of one of the three scripts", hostile, 300, 2000,
+        "one line, exit code 2, nothing written, within 2 s"),
+    Row("such a line in a process of its own", hostile_process, 3, 30, "the same, within 3 s"),
+    Row("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 12, 30,
+        "weights, optimisers and log of a run never stopped, bit for bit"),
+    Row("the same seed again", once_more, 1, 1, "the same bits"),
+    Row("SIGINT, SIGTERM", stop, 2, 2, "saved, exit codes 130, 143"),
+    Row("a full disk at the second checkpoint", full_at_checkpoint, 1, 1,
+        "one line, the first stands, and --resume comes to the same bits"),
+    Row("a full disk at the config, at the log", full_at_log, 2, 2, "one line"),
+    Row("a loss that explodes", explode, 1, 1, "one line with the step, a good checkpoint"),
+    Row("too little memory", too_little_memory, 1, 1, "one line that names --batch and --chunks"),
+    Row("a checkpoint cut short, at every sixteenth", cut_short, 16, 16, "refused"),
+    Row("a checkpoint with one bit flipped", flip, 60, 200, "refused, or nothing has changed"),
+    Row("payload, list, other version, other encoding, empty, text, raw pickle, folder, nothing",
+        no_checkpoint, 9, 9, "refused, nothing executed"),
+    Row("--resume from half a checkpoint, a second run into a folder, a file in a folder's place",
+        untouched, 3, 3, "refused, nothing touched")]
+
+def summed_up(results):
+    """Times -> the longest; words -> how often each."""
+    results = [result for result in results if result is not None]
+    if results and isinstance(results[0], float):
+        return f" (the slowest after {max(results):.2f} s)"
+    words = [f"{n} {word}" for word, n in Counter(results).items()]
+    return f" ({', '.join(words)})" if words else ""
+
+def attempts(row, times):
+    """-> what came out of a row, and [what was lost]."""
+    results, lost = [], []
+    for i in range(times):
         try:
-            r = subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True, errors="replace", cwd=work / "empty", timeout=10)
-        except subprocess.TimeoutExpired:
-            expect("a hostile command line is refused", False, script, [a[:60] for a in args])
-            continue
-        slowest = max(slowest, took := time.perf_counter() - began)
-        expect("a hostile command line is one line and exit code 2", r.returncode == 2 and r.stderr.startswith("error: ") and r.stderr.count("\n") == 1, script, [a[:60] for a in args], r.stderr[-200:])
-        expect("in under two seconds", took < 2, script, [a[:60] for a in args], took)
-    expect("nothing was written", not list((work / "empty").iterdir()))
-    row("hostile command lines for the three scripts", f"exit code 2 and one line, the slowest after {slowest:.2f} s", len(lines))
+            results.append(row.attack(i))
+        except Exception as e:
+            lost.append(f"{row.what}, {i}: {e!r}")
+    return f"LOST: {len(lost)}" if lost else row.must + summed_up(results), lost
 
 def main():
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        (work / "empty").mkdir()
-        hostile(work)
-        straight, args = kills(work)
-        expect("the same seed, the same bits in a fresh process", run(train, [f"--out={work / 'twin'}", *args, *SMALL, "--save_every=4"]) == 0 and same(product(work / "twin"), product(straight)))
-        stops(work, args)
-        row("the same seed in a fresh process; SIGINT, SIGTERM (checks)", "the same bits; saved, exit codes 130, 143")
-        files(work, straight)
-        disk(work, args)
-    for what, n, how, _ in rows:
-        print(f"| {what} | {n} | {how} |")
-    print("lost: nothing" if not lost else "LOST:\n" + "\n".join(map(str, lost)))
+    sys.path.insert(0, str(ROOT))
+    for name in ("train", "meta", "analyze", "experiments"):
+        module(name)                                # once, before the forks
+    torch.set_num_threads(1)
+    lost = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        assert run("train", ["--out=base", "--steps=2", *SFT]).code == 0
+        print("| what is done | how often | what came out |\n|---|---|---|")
+        for row in ROWS:
+            times = row.long if LONG else row.short
+            came_out, failures = attempts(row, times)
+            print(f"| {row.what} | {times} | {came_out} |", flush=True)
+            lost += failures
+        os.chdir(ROOT)
+    print("\n".join(["LOST:", *lost]) if lost else "lost: nothing")
     return 1 if lost else 0
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Theorems and small statistics behind the figures."""
+"""The instruments of the figures against slow forms, and the statistics of a verdict."""
+import itertools
+import random
 
 import numpy as np
 import pytest
@@ -7,155 +9,369 @@ import torch
 import analyze
 import meta
 from data import arithmetic, text
-from model import Model
+from data.tasks import Task, tensors
+from lab import flags, verdict
+
+Q, THINK = arithmetic.parse("(3+5)*2-7"), "3+5=8;8*2=16;16-7=9"
 
 
-@pytest.mark.parametrize("silent", (False, True))
-@pytest.mark.parametrize("t", ["3+5=8;8*2=16;16-7=9", "3+5=", "."])
-def test_patched_weights_without_the_trajectory_give_the_logits_with_it(tiny, t, silent):
-    if silent:                                                              # a block whose hidden units never fire
+def inner_of(model, fast="*.up,*.down", K=1):
+    return meta.Inner(meta.fast_layers(model, fast), K, 0.1, 3.0).double()
+
+def mean_loss(model, h, targets):
+    """L_q of one row, from hidden states."""
+    return float(model.score(h, targets).sum().detach() / (targets >= 0).sum())
+
+
+# ------------------------------------------------------------------------- L_hat, L_q(theta'_i)
+
+def prefix_by_prefix(model, head, t, tail):
+    """L_hat of one sequence, a forward pass for every prefix."""
+    losses = []
+    for i in range(len(t) + 1):
+        row = torch.tensor([head + t[:i] + tail])
+        nll = model.nll(row[:, :-1], row[:, 1:])[0].detach()
+        losses.append(float(nll[-len(tail) + 1:].mean()))
+    return losses
+
+def random_ids(rng, n):
+    return [rng.randrange(20) for _ in range(n)]
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("width", (3, 32))
+def test_one_pass_curve_equals_prefix_by_prefix(tiny, width, dtype, tolerance):
+    """Sequences of different lengths side by side, all branches at once and a few at a time."""
+    rng, model = random.Random(0), tiny.to(dtype)
+    heads = [random_ids(rng, n) for n in (3, 9, 5)]
+    trajectories = [random_ids(rng, n) for n in (17, 6, 11)]
+    tails = [[text.END_THINK, *random_ids(rng, n), text.EOS] for n in (1, 3, 2)]
+    curves = analyze.prefix_nll(model, heads, trajectories, tails, width)
+    for curve, *sequence in zip(curves, heads, trajectories, tails):
+        slow = prefix_by_prefix(model, *sequence)
+        np.testing.assert_allclose(curve, slow, rtol=0, atol=tolerance)
+
+
+def test_curves_of_texts_are_those_of_their_ids_and_follow_the_answer_asked_for(tiny):
+    questions, thinks = [Q, arithmetic.parse("9-4"), Q], [THINK, "9-4=5", "3+5=8"]
+    sequences = analyze.as_ids(questions, thinks)
+    expected = analyze.prefix_nll(tiny, *sequences)
+    for curve, slow in zip(analyze.curves_of(tiny, questions, thinks, size=2), expected):
+        np.testing.assert_allclose(curve, slow, rtol=0, atol=1e-12)
+    heads, trajectories, _ = sequences
+    tails = [analyze.tail_of(q, "7") for q in questions]
+    expected = analyze.prefix_nll(tiny, heads, trajectories, tails)
+    curves = analyze.curves_of(tiny, questions, thinks, ["7"] * 3)
+    for curve, slow in zip(curves, expected):
+        np.testing.assert_allclose(curve, slow, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ("whole", "step", "token"))
+def test_explicit_curves_are_those_of_each_prefix_alone(tiny, mode):
+    inner = inner_of(tiny, "*.up")
+    questions = [arithmetic.parse("(3+5)*2"), arithmetic.parse("9-4")]
+    thinks = ["3+5=8;8*2=16", "9-4=5"]
+    curves = analyze.explicit_curves(tiny, inner, questions, thinks, mode, size=5)
+    for q, t, curve in zip(questions, thinks, curves):
+        assert len(curve) == len(t) + 1
+        for i, value in enumerate(curve):
+            support, query = tensors([Task(q, [t[:i] or "="])])
+            fast, steps = None, meta.by_step(support) if mode == "step" else None
+            if i:
+                pairs = [(support.ids, support.inner)]
+                fast, _ = meta.adapt(tiny, inner, pairs, 1, steps, order=1, local=mode == "token")
+            alone = mean_loss(tiny, tiny(query.ids, hook=fast), query.targets)
+            assert value == pytest.approx(alone, abs=1e-10)
+
+
+# -------------------------------------------------------------- exact patches (Proposition 2.1)
+
+def patches_of(model, t, bias):
+    """Three rows with padding in every section: all of t seen, five tokens of another trajectory
+    and a shorter tail, and one token of t. -> (Patched, its Layout)"""
+    head, tail = text.prompt(Q.text), [text.END_THINK, *text.encode("12"), text.EOS]
+    longer, shorter = text.prompt("1+2+3+4+5"), [text.END_THINK, *text.encode("7"), text.EOS]
+    rows = ([head, longer, head],
+            [text.encode(t), text.encode("1+2=3;3+3=6"), text.encode(t)],
+            [tail, shorter, tail])
+    found = analyze.exact_patches(model, *rows, seen=[len(t), 5, 1], bias=bias)
+    return found, analyze.layout(model, *rows)
+
+@pytest.fixture(params=itertools.product((torch.float64, torch.float32), (False, True)))
+def patchable(request, tiny):
+    """A model, as it is or with a block whose hidden units never fire, and its rounding."""
+    dtype, silent = request.param
+    if silent:
         with torch.no_grad():
             tiny.blocks[1].up.weight.zero_()
-    head, tail = text.prompt("((3+5)*2)-7"), [text.END_THINK, *text.encode("12"), text.EOS]
-    for model, tolerance in ((tiny, 1e-12), (Model.load(tiny.state()), 1e-4)):
-        longer, shorter = text.prompt("1+2+3+4+5"), [text.END_THINK, *text.encode("7"), text.EOS]    # beside it: padding in every section
-        found, full, patched, plain, valid = analyze.exact_patches(model, [head, longer, head], [text.encode(t), text.encode("1+2=3;3+3=6"), text.encode(t)],
-                                                                   [tail, shorter, tail], [len(t), 5, 1])
-        assert valid.tolist() == [[True] * 3, [True, True, False], [True] * 3]
-        assert (full[0] - plain[0]).abs().max() > 1e-2
-        torch.testing.assert_close(patched[valid], full[valid], rtol=0, atol=tolerance)
-        assert set(found) == {f"{i}.{kind}" for i in range(3) for kind in ("up", "down")}
-        ids = torch.tensor([head + text.encode(t) + tail[:-1]])
-        torch.testing.assert_close(full[0], model.logits(model(ids))[0, -3:].detach(), rtol=0, atol=tolerance)
-        ids = torch.tensor([head + text.encode(t[:1]) + tail[:-1]])         # one token of t seen, the tail's positions as behind all of it
-        pos = torch.tensor([[*range(len(head) + 1), *range(len(head) + len(t), len(head) + len(t) + 3)]])
-        torch.testing.assert_close(full[2], model.logits(model(ids, pos=pos))[0, -3:].detach(), rtol=0, atol=tolerance)
+    return tiny.to(dtype), 1e-12 if dtype == torch.float64 else 1e-4
+
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("t", [THINK, "3+5=", "."])
+def test_patched_weights_without_the_trajectory_give_the_logits_with_it(patchable, t, bias):
+    """To rounding; and the patches do so again as a hook of their own."""
+    model, tolerance = patchable
+    found, rows = patches_of(model, t, bias)
+    assert found.valid.tolist() == [[True] * 3, [True, True, False], [True] * 3]
+    assert (found.full[0] - found.plain[0]).abs().max() > 1e-2
+    assert set(found.patches) == {"0.up", "0.down", "1.up", "1.down", "2.up", "2.down"}
+    hook = analyze.patch_hook(found.patches, rows.n)
+    h = model(rows.ids, rows.pos, rows.mask(rows.nothing()), hook=hook)
+    again = model.logits(h[:, -rows.n:]).detach()
+    for patched in (found.patched, again):
+        difference = (patched - found.full)[found.valid]
+        assert difference.abs().max() <= tolerance
+
+
+def logits_of(model, ids, pos):
+    """Of the last three tokens of a row."""
+    return model.logits(model(torch.tensor([ids]), torch.tensor([pos])))[0, -3:].detach()
+
+@pytest.mark.parametrize("t", [THINK, "3+5=", "."])
+def test_what_patches_are_held_to_are_the_models_own_logits(patchable, t):
+    """Behind all of t, behind one token of it and behind none, the tail's positions always as
+    behind all of it."""
+    model, tolerance = patchable
+    found, _ = patches_of(model, t, bias=False)
+    head, tail = text.prompt(Q.text), [text.END_THINK, *text.encode("12")]
+    end = len(head) + len(t)
+    for got, n in ((found.full[0], len(t)), (found.full[2], 1), (found.plain[0], 0)):
+        ids = [*head, *text.encode(t[:n]), *tail]
+        pos = [*range(len(head) + n), *range(end, end + 3)]
+        own = logits_of(model, ids, pos)
+        torch.testing.assert_close(got, own, rtol=0, atol=tolerance)
 
 
 def test_cosines_equal_those_of_the_matrices_written_out(tiny):
-    inner = meta.Inner(meta.fast_layers(tiny, "*.up,*.down"), 2, 0.1, 3.0).double()
-    q, t = arithmetic.parse("(3+5)*2-7"), "3+5=8;8*2=16;16-7=9"
-    got = analyze.cosines(tiny, inner, [(q, t, t)])
-    support, _ = meta.tensors([meta.Task(q, [t])])
-    theta = meta.theta_prime(tiny, inner, [(support.ids, support.inner)])
-    found, *_ = analyze.exact_patches(tiny, [text.prompt(q.text)], [text.encode(t)], [analyze.tail_of(q)])
+    inner = inner_of(tiny, K=2)
+    got = analyze.cosines(tiny, inner, [(Q, THINK, THINK)])
+    support, _ = tensors([Task(Q, [THINK])])
+    moved = meta.theta_prime(tiny, inner, [(support.ids, support.inner)])
+    found = analyze.exact_patches(tiny, *analyze.as_ids([Q], [THINK]))
+    assert set(got) == set(inner.names)
     for name in inner.names:
-        block, kind = name.split(".")
-        path = f"blocks.{block}.{kind}.weight"
-        a, (p, z) = (theta[path] - tiny.get_parameter(path)).flatten(), (v[0, 0] for v in found[name])
-        b = torch.outer(p, z).flatten()
-        assert got[name] == [pytest.approx(float(torch.cosine_similarity(a, b, 0).detach()), abs=1e-8)]
+        path = meta.linear_layers(tiny)[name]
+        explicit = moved[path] - tiny.get_parameter(path)
+        p, z = found.patches[name]
+        implicit = torch.outer(p[0, 0], z[0, 0])
+        cosine = torch.cosine_similarity(explicit.flatten(), implicit.flatten(), 0)
+        assert got[name] == [pytest.approx(float(cosine.detach()), abs=1e-8)]
 
 
-def test_explicit_curves_are_those_of_each_prefix_alone(tiny):
-    inner = meta.Inner(meta.fast_layers(tiny, "*.up"), 1, 0.1, 3.0).double()
-    qs, ts = [arithmetic.parse("(3+5)*2"), arithmetic.parse("9-4")], ["3+5=8;8*2=16", "9-4=5"]
-    for q, t, curve in zip(qs, ts, analyze.explicit_curves(tiny, inner, qs, ts, size=5)):
-        assert len(curve) == len(t) + 1
-        for i, v in enumerate(curve):
-            support, query = meta.tensors([meta.Task(q, [t[:i] or "="])])
-            fast = meta.adapt(tiny, inner, [(support.ids, support.inner)], 1, order=1)[0] if i else None
-            nll = tiny.nll(query.ids, query.targets, hook=fast).sum() / (query.targets >= 0).sum()
-            assert v == pytest.approx(float(nll.detach()), abs=1e-10)
+# -------------------------------------------------------------- planes through theta (Algorithm 4)
+
+POINTS = torch.tensor([[0.0, 0.0], [0.3, -0.2], [-0.5, 0.5]], dtype=torch.float64)
+
+def three_rows(model):
+    return analyze.queries(model, [Q] * 3, ["3+5=8"] * 3)
+
+def moved_loss(model, weights, plane, point, ids, targets):
+    """L_q with `weights` moved to a point of a plane, every weight written out."""
+    a, b = point
+    moved = {}
+    for name, path in meta.linear_layers(model).items():
+        weight = weights.get(path, model.get_parameter(path))
+        moved[path] = weight + a * plane[0][name] + b * plane[1][name]
+    return mean_loss(model, torch.func.functional_call(model, moved, (ids[:1],)), targets[:1])
+
+def test_directions_have_the_norms_of_the_weights_rows(tiny):
+    """Per filter (1712.09913); two of them, the same for the same seed."""
+    plane, again = analyze.directions(tiny, 0), analyze.directions(tiny, 0)
+    for name, path in meta.linear_layers(tiny).items():
+        rows = tiny.get_parameter(path).detach().norm(dim=1)
+        for d, e in zip(plane, again):
+            torch.testing.assert_close(d[name].norm(dim=1), rows)
+            assert torch.equal(d[name], e[name])
+        assert not torch.equal(plane[0][name], plane[1][name])
 
 
-def test_spearman_and_bootstrap():
-    assert analyze.spearman([5, 4, 3, 1]) == pytest.approx(-1) and analyze.spearman([1, 2, 9]) == pytest.approx(1) and analyze.spearman([2, 2]) == 0
-    assert analyze.spearman([1, 3, 2, 4]) == pytest.approx(0.8)
+def test_a_point_of_the_landscape_is_the_loss_of_the_moved_weights(tiny):
+    plane, (ids, targets) = analyze.directions(tiny, 0), three_rows(tiny)
+    losses = analyze.surface(tiny, ids, targets, plane, POINTS, size=2)
+    for point, loss in zip(POINTS, losses):
+        expected = moved_loss(tiny, {}, plane, point, ids, targets)
+        assert float(loss) == pytest.approx(expected, abs=1e-10)
+    assert len({round(float(loss), 6) for loss in losses}) == 3
+
+
+def test_a_landscape_around_theta_prime_is_that_of_its_weights(tiny):
+    plane, (ids, targets) = analyze.directions(tiny, 0), three_rows(tiny)
+    inner, task = inner_of(tiny), Task(Q, [THINK])
+    fast, _ = meta.adapted(tiny, inner, [task])
+    losses = analyze.surface(tiny, ids, targets, plane, POINTS, fast, size=2)
+    support, _ = tensors([task])
+    weights = meta.theta_prime(tiny, inner, [(support.ids, support.inner)])
+    for point, loss in zip(POINTS, losses):
+        expected = moved_loss(tiny, weights, plane, point, ids, targets)
+        assert float(loss) == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_landscape_of_weights_of_every_positions_own(tiny):
+    """The same matrices at all positions are the matrices."""
+    plane, (ids, targets) = analyze.directions(tiny, 0), three_rows(tiny)
+    whole, T = analyze.surface(tiny, ids, targets, plane, POINTS), ids.size(1)
+    each = [{name: d.expand(T, *d.shape) for name, d in part.items()} for part in plane]
+    again = analyze.surface(tiny, ids, targets, each, POINTS)
+    torch.testing.assert_close(again, whole, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_a_patch_as_a_direction_of_the_landscape_is_the_patch_at_distance_1(tiny, bias):
+    """There the loss without the trajectory is that with it."""
+    heads, ts, tails = analyze.as_ids([Q], [THINK])
+    found = analyze.exact_patches(tiny, heads, ts, tails, bias=bias)
+    rows, direction = analyze.layout(tiny, heads, ts, tails), {}
+    for name, (p, z) in found.patches.items():
+        zz = z[0].square().sum(-1)[:, None, None]
+        direction[name] = p[0, :, :, None] * z[0, :, None, :] / zz          # (n, out, in)
+    answer = torch.tensor(tails[0][1:])
+    targets = torch.full_like(rows.ids, text.IGNORE)
+    targets[0, -rows.n:] = answer
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    mask = rows.mask(rows.nothing())
+    losses = analyze.surface(
+        tiny, rows.ids.expand(3, -1), targets.expand(3, -1), (direction, {}), points,
+        pos=rows.pos.expand(3, -1), mask=mask.expand(3, -1, -1, -1))
+    full, plain = loss_of(found.full[0], answer), loss_of(found.plain[0], answer)
+    assert losses.tolist() == pytest.approx([plain, full, plain], abs=1e-10)
+    assert abs(full - plain) > 1e-4
+
+def loss_of(logits, answer):
+    return float(torch.nn.functional.cross_entropy(logits, answer))
+
+
+def test_principal_directions_hold_a_plane_path_whole():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(50, 2, generator=generator, dtype=torch.float64)
+    path = torch.randn(7, 2, generator=generator, dtype=torch.float64) @ torch.linalg.qr(basis)[0].T
+    path[0] = 0
+    d, at, held = analyze.principal(path)
+    torch.testing.assert_close(d @ d.T, torch.eye(2).double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(at @ d, path, rtol=0, atol=1e-7)
+    assert held == pytest.approx(1)
+
+
+def test_principal_directions_hold_the_largest_share_of_any_path():
+    """Against the singular values of the path itself."""
+    generator = torch.Generator().manual_seed(1)
+    path = torch.randn(7, 50, generator=generator, dtype=torch.float64)
+    squares = torch.linalg.svdvals(path).square()
+    assert analyze.principal(path)[2] == pytest.approx(float(squares[:2].sum() / squares.sum()))
+
+
+# ------------------------------------------------------------------------------ questions, controls
+
+def test_an_untrained_model_has_the_shape_and_no_weights_that_are_zero(tiny):
+    """Its random weights come from the seed alone."""
+    new, same, other = (analyze.untrained(tiny, seed) for seed in (1, 1, 2))
+    assert new.config == tiny.config
+    for name, p in new.named_parameters():
+        assert p.abs().min() > 0
+        assert torch.equal(p, same.get_parameter(name))
+        assert not torch.equal(p, other.get_parameter(name))
+
+
+def test_another_questions_trajectory_has_another_answer():
+    questions = [arithmetic.parse(s) for s in ("1+2+3", "2+1+3", "4+5", "9-4")]
+    thinks = ["a", "b", "c", "d"]
+    answers = dict(zip(thinks, (q.answer for q in questions)))
+    for seed in range(20):
+        others = analyze.others_of(questions, thinks, random.Random(seed))
+        for q, other in zip(questions, others):
+            assert answers[other] != q.answer
+
+
+def test_cells_are_domains_with_operand_counts(exits):
+    assert analyze.cells_of("expr:3,4 sum:5") == [("expr", 3), ("expr", 4), ("sum", 5)]
+    for bad in ("expr:9", "expr", "nothing:3", "expr:4,", "expr:x", " "):
+        exits(["--cells"], analyze.cells_of, bad)
+    c = analyze.Analyze(questions=1)
+    exits(["different answers"], analyze.questions_of, c, "expr", 4)
+
+
+@pytest.mark.parametrize("args,word", [
+    (["nope"], "nope"), (["curve", "curve"], "twice"), (["curve", "--grid=4"], "even"),
+    (["curve", "--cells=expr:9"], "expr:9"), (["compare"], "two arms"),
+    (["compare", "--arm=--steps=3"], "two arms"),
+    (["curve", "--arm=--steps=3", "--arm=--steps=4"], "--arm")])
+def test_what_no_experiment_can_use_is_refused(args, word, exits):
+    known = {"curve": "", "compare": ""}
+    c, _ = flags.flags(analyze.Analyze, args)
+    exits([word], analyze.check, c, known)
+    c, _ = flags.flags(analyze.Analyze, ["curve"])
+    analyze.check(c, known)
+
+
+# ---------------------------------------------------------------------------------------- verdicts
+
+def near(rng, centre, *shape):
+    return centre + 0.1 * rng.normal(size=shape)
+
+def test_spearman_is_the_rank_correlation_with_position():
+    assert verdict.spearman([5, 4, 3, 1]) == pytest.approx(-1)
+    assert verdict.spearman([1, 2, 9]) == pytest.approx(1)
+    assert verdict.spearman([2, 2]) == 0
+    assert verdict.spearman([1, 3, 2, 4]) == pytest.approx(0.8)
+    assert verdict.spearman([1, 1, 2]) == pytest.approx(0.75 ** 0.5)
+
+
+def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():
     rng, covered = np.random.default_rng(0), 0
-    for i in range(200):
-        mean, low, high = analyze.bootstrap(rng.normal(1, 1, 50), n=300, seed=i)
+    for _ in range(200):
+        _, low, high = verdict.bootstrap(rng.normal(1, 1, 50), draws=300)
         covered += low <= 1 <= high
     assert 0.88 < covered / 200 < 0.99
 
 
-def test_increments_equal_those_of_the_matrices_written_out(tiny):
-    """One question, patches as matrices of every position's own, autograd at the patched weights."""
-    q, t, i = arithmetic.parse("(3+5)*2-7"), "3+5=8;8*2=16;16-7=9", 7
-    got = analyze.increments(tiny, [q], [t], [i])
-    ids = analyze.as_ids([q], [t])
-    now, then = (analyze.exact_patches(tiny, *ids, [j], bias=True)[0] for j in (i, i + 1))
-    matrix = lambda f, name: f[name][0][0, :, :, None] * f[name][1][0, :, None, :] / f[name][1][0].square().sum(-1)[:, None, None]
-    own = {name: matrix(now, name).requires_grad_() for name in now}        # (n, out, in)
-    rows, pos, n, _, mask = analyze.layout(tiny, *ids)
-    def hook(name, x, y):
-        if name not in own:
-            return y
-        z = x[:, -n:] if own[name].size(-1) > 1 else torch.ones(1, n, 1, dtype=x.dtype)
-        return torch.cat((y[:, :-n], y[:, -n:] + torch.einsum("bti,toi->bto", z, own[name])), 1)
-    h = tiny(rows, pos=pos, mask=mask(torch.zeros(1, dtype=torch.long)), hook=hook)[:, -n:]
-    grads = torch.autograd.grad(tiny.score(h, torch.tensor([ids[2][0][1:]])).sum(), list(own.values()))
-    steps = [(matrix(then, name) - matrix(now, name)).detach() for name in own]
-    for name, g, d in zip(own, grads, steps):
-        assert got[name] == pytest.approx(float(torch.cosine_similarity(-g.flatten(), d.flatten(), 0)), abs=1e-8)
-    flat = lambda v: torch.cat([x.flatten() for x in v])
-    assert got["all"] == pytest.approx(float(torch.cosine_similarity(-flat(grads), flat(steps), 0)), abs=1e-8)
+def test_an_interval_is_an_estimate_between_its_bounds_and_follows_its_statistic():
+    values = np.concatenate((np.full(120, 1.0), np.full(80, -9.0)))
+    mean, low, high = verdict.interval(values)
+    assert mean == -3 and low < mean < high
+    assert verdict.interval(values, np.median) == [1, 1, 1]
+    assert verdict.interval([]) is None
 
 
-def test_a_point_of_the_landscape_is_the_loss_of_the_moved_weights(tiny):
-    qs, plane = [arithmetic.parse("(3+5)*2-7")] * 3, analyze.directions(tiny, 0)
-    ids, targets = analyze.queries(tiny, qs, ["3+5=8", "3+5=8", "3+5=8"])
-    points = torch.tensor([[0.0, 0.0], [0.3, -0.2], [-0.5, 0.5]], dtype=torch.float64)
-    for d in plane:
-        for m in tiny.modules():
-            if isinstance(m, analyze.meta.Linear):
-                torch.testing.assert_close(d[m.name].norm(dim=1), m.weight.detach().norm(dim=1))
-    got, layers = analyze.surface(tiny, ids, targets, plane, points, size=2), {m.name: f"{path}.weight" for path, m in tiny.named_modules() if isinstance(m, analyze.meta.Linear)}
-    for (a, b), v in zip(points, got):
-        moved = {path: tiny.get_parameter(path) + a * plane[0][name] + b * plane[1][name] for name, path in layers.items()}
-        h = torch.func.functional_call(tiny, moved, (ids[:1],))
-        assert float(v) == pytest.approx(float(tiny.score(h, targets[:1]).sum().detach() / (targets[:1] >= 0).sum()), abs=1e-10)
+def test_margins_decide_either_way():
+    """One margin below 0 refutes, whatever the others say."""
+    rng = np.random.default_rng(0)
+    above, below = near(rng, 0.3, 200), near(rng, -0.2, 200)
+    assert verdict.decide({"gap": above})[0] == "supported"
+    assert verdict.decide({"gap": below})[0] == "refuted"
+    assert verdict.decide({"gap": above, "other": below})[0] == "refuted"
+    around = np.tile([1.0, -1.0], 100)
+    assert verdict.decide({"gap": around})[0] == "inconclusive"
+    assert verdict.decide({"gap": above, "other": around})[0] == "inconclusive"
+    mixed = np.concatenate((np.full(120, 1.0), np.full(80, -9.0)))
+    assert verdict.decide({"gap": mixed}, np.median)[0] == "supported"
+    assert verdict.decide({"gap": mixed})[0] == "refuted"
 
 
-def test_principal_directions_hold_a_plane_path_whole():
-    g = torch.Generator().manual_seed(0)
-    basis, xy = torch.linalg.qr(torch.randn(50, 2, generator=g, dtype=torch.float64))[0].T, torch.randn(7, 2, generator=g, dtype=torch.float64)
-    d, at, held = analyze.principal(xy @ basis)
-    torch.testing.assert_close(d @ d.T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-7)
-    torch.testing.assert_close(at @ d, xy @ basis, rtol=0, atol=1e-7)
-    assert held == pytest.approx(1)
+def test_margins_over_seeds_resample_seeds_as_well_as_questions():
+    rng = np.random.default_rng(0)
+    better, worse = near(rng, 0.8, 5, 100), near(rng, 0.5, 5, 100)
+    assert verdict.decide({"gap": better - worse})[0] == "supported"
+    assert verdict.decide({"gap": worse - better})[0] == "refuted"
+    seeds = np.array([3.0, 1.0, -1.0])[:, None]             # the seed matters more than the arm
+    gap = seeds + near(rng, 0, 3, 100)
+    assert verdict.decide({"gap": gap.flatten()})[0] == "supported"
+    assert verdict.decide({"gap": gap})[0] == "inconclusive"
 
 
-def test_proposition_2_1_fails_as_printed_and_holds_repaired():
-    e = analyze.proposition(n=50)
-    assert np.median(e["printed"]) > 0.5 and np.median(e["direction mended"]) > 0.5 and max(e["rank-1 repair"]) < 1e-9
+def test_a_claim_on_several_domains_is_as_good_as_its_worst():
+    assert verdict.worst(["supported", "inconclusive", "supported"]) == "inconclusive"
+    assert verdict.worst(["refuted", "inconclusive", "supported"]) == "refuted"
+    assert verdict.worst(["supported"]) == "supported"
 
-
-def test_every_token_has_a_kind():
-    t = "3+5=9W3+5=8;8*2=16"
-    assert list(zip(t, analyze.classes(t))) == [*zip("3+5=9", ("operand", "operator", "operand", "operator", "slip")), *(zip("W3+5=8", ["W"] * 6)), (";", "end"),
-                                                *zip("8*2=16", ("operand", "operator", "operand", "operator", "result", "result"))]
-
-
-rng = np.random.default_rng(0)
-near = lambda centre, *shape: centre + 0.1 * rng.normal(size=shape or (200,))
-KINDS = [["W", "x"]] * 50 + [["x", "x"]] * 49
-CRITERIA = {                                                                # experiment: its margins on made-up measurements, for and against
-    "patch": (analyze.patch_margins, [{"float32": 1e-6 + 0 * near(0), "float64": 1e-14 + 0 * near(0), "unpatched": near(9), "other": near(9)}],
-              [{"float32": abs(near(1)), "float64": abs(near(1)), "unpatched": near(9), "other": near(9)}]),
-    "gradient, aligned": (lambda cos: analyze.gradient_margins(cos)[0], [{"trained": near(0.3), "shuffled": near(0), "untrained": near(0.1)}],
-                          [{"trained": near(0.3), "shuffled": near(0), "untrained": near(0.5)}]),
-    "gradient, a step": (lambda cos: analyze.gradient_margins(cos)[1], [{"trained": near(0.9)}], [{"trained": near(0.1)}]),
-    "curve, direction": (lambda *a: analyze.curve_margins(*a)[0], [{"correct": near(2), "wrong": near(-1), "filler": near(0)}, near(-1), near(0)],
-                         [{"correct": near(2), "wrong": near(-1), "filler": near(3)}, near(-1), near(0)]),
-    "curve, progressive": (lambda *a: analyze.curve_margins(*a)[1], [{"correct": near(2)}, near(-0.8), near(0.2)], [{"correct": near(2)}, near(-0.8), near(0.9)]),
-    "landscape": (analyze.landscape_margins, [{"without": (near(2), near(3)), "context": (near(0), near(1)), "other": (near(5), near(5))}],
-                  [{"without": (near(2), near(3)), "context": (near(0), near(4)), "other": (near(5), near(5))}]),
-    "tokens": (lambda *a: {"W": analyze.token_margins(*a, "W")}, *([[np.cumsum([5, fall if k[0] == "W" else -1, -1]) + near(0, 3) for k in KINDS], KINDS] for fall in (-2, 1))),
-    "delimiter": (analyze.delimiter_margins, [near(1), near(2), near(0.2), near(0.9)], [near(2), near(1), near(0.2), near(0.9)]),
-    "prune": (analyze.prune_margins, [{"oracle short": near(0.9), "own": near(0.9), "least change": near(0.8), "random": near(0.4), "least change, cut": near(0.5), "random, cut": near(0.2)}],
-              [{"oracle short": near(0.9), "own": near(0.9), "least change": near(0.8), "random": near(0.4), "least change, cut": near(0.2), "random, cut": near(0.5)}]),
-    "arms over seeds": (lambda a, b: {"gap": a - b}, [near(0.8, 5, 100), near(0.5, 5, 100)], [near(0.5, 5, 100), near(0.8, 5, 100)])}
-
-@pytest.mark.parametrize("name", CRITERIA)
-def test_every_criterion_can_go_either_way(name):
-    margins, good, bad = CRITERIA[name]
-    assert analyze.decide(margins(*good))[0] == "supported" and analyze.decide(margins(*bad))[0] == "refuted"
-
-def test_a_margin_around_zero_is_inconclusive():
-    assert analyze.decide({"gap": np.tile([1.0, -1.0], 100)})[0] == "inconclusive"
-    assert analyze.decide({"gap": np.concatenate((np.full(120, 1.0), np.full(80, -9.0)))}, {"gap": np.median})[0] == "supported"
 
 def test_a_cliff_and_a_slope_are_told_apart():
-    assert analyze.cliff(np.array([1.0] * 30 + [0.0] * 10)) == pytest.approx(1)
-    assert analyze.cliff(np.linspace(1, 0, 41)) == pytest.approx(0.05) and analyze.cliff(np.linspace(0, 1, 41)) is None
+    assert verdict.cliff(np.array([1.0] * 30 + [0.0] * 10)) == pytest.approx(1)
+    assert verdict.cliff(np.linspace(1, 0, 41)) == pytest.approx(0.05)
+    assert verdict.cliff(np.linspace(0, 1, 41)) is None
+
+
+def test_curves_of_any_length_meet_on_fractions_of_a_trajectory():
+    lines = [np.linspace(2, 1, n) for n in (2, 7, 60)]
+    expected = 2 - verdict.FRACTION
+    np.testing.assert_allclose(verdict.on_fractions(lines), np.tile(expected, (3, 1)))
+    band = verdict.banded([line + shift for line, shift in zip(lines, (-0.3, 0, 0.3))])
+    np.testing.assert_allclose(band["mean"], expected, atol=1e-4)
+    assert max(band["low"]) < 2 and (np.array(band["low"]) < np.array(band["high"])).all()

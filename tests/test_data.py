@@ -1,145 +1,328 @@
-"""Questions, trajectories, splits, encoding, batches."""
+"""Questions, trajectories, splits, encoding, batches, and tasks as tensors."""
 import itertools
 import random
 
 import pytest
 import torch
 
-from data import arithmetic as A
-from data import text
+from data import arithmetic, tasks, text
+from data.arithmetic import parse
+from lab.score import CELLS
 
-ALL = [(d, k) for d in A.OOD for k in (*A.TRAINED.get(d, ()), *A.OOD[d])]
-part_of = lambda d, k: "train" if k in A.TRAINED.get(d, ()) else "ood"
+ALL = [(domain, k) for domain, counts in CELLS.items() for k in counts]
+
+
+def drawn(rng, domain, operands):
+    """A training question, or one of a size that training never sees."""
+    trained = operands in arithmetic.TRAINED.get(domain, ())
+    return arithmetic.draw(rng, domain, operands, "train" if trained else "ood")
+
+
+# ----------------------------------------------------------------------- questions, trajectories
+
+@pytest.mark.parametrize("domain,k", ALL)
+def test_every_trajectory_passes_its_checker(domain, k):
+    """Every step of every style is right, and the last one ends at the question's answer."""
+    rng = random.Random(k)
+    for _ in range(150):
+        q = drawn(rng, domain, k)
+        assert q.operands == k
+        assert parse(q.text).answer == q.answer
+        assert arithmetic.verify(q, q.answer)
+        for style in ("long", "short", "padded", "reflect"):
+            steps, implied = arithmetic.steps(q, rng, style)
+            assert implied == q.answer
+            assert steps[-1].rstrip(".").endswith(f"={q.answer}")
+            assert all(arithmetic.check(q, ";".join(steps))), (q.text, style, steps)
+            if style == "long":
+                assert len(steps) == k - 1
 
 
 @pytest.mark.parametrize("domain,k", ALL)
-def test_every_trajectory_passes_its_checker_and_every_corrupted_one_fails(domain, k):
-    rng = random.Random(k)
+def test_every_corrupted_trajectory_fails_from_its_wrong_step_on(domain, k):
+    """Steps before the wrong one pass, none after it does, and it ends at a wrong answer."""
+    rng, corrupted = random.Random(k), 0
     for _ in range(150):
-        q = A.draw(rng, domain, k, part_of(domain, k))
-        assert q.operands == k and A.parse(q.text).answer == q.answer and A.verify(q, q.answer)
-        for style in ("long", "short", "reflect"):
-            steps, implied = A.steps(q, rng, style)
-            assert implied == q.answer and steps[-1].endswith(f"={q.answer}")
-            assert all(A.check(q, ";".join(steps))), (q.text, style, steps)
-            assert style != "long" or len(steps) == k - 1
-        at = rng.randrange(k - 1)
-        found = A.corrupt(q, rng, at)
-        if found:
-            steps, implied = found
-            verdicts = A.check(q, ";".join(steps))
-            assert not any(verdicts[at:]) and implied != q.answer and steps[-1].endswith(f"={implied}")
-            assert all(verdicts[:at])
+        q, at = drawn(rng, domain, k), rng.randrange(k - 1)
+        found = arithmetic.corrupt(q, rng, at)
+        if found is None:
+            continue
+        corrupted += 1
+        steps, implied = found
+        verdicts = arithmetic.check(q, ";".join(steps))
+        assert all(verdicts[:at])
+        assert not any(verdicts[at:])
+        assert implied != q.answer
+        assert steps[-1].endswith(f"={implied}")
+    assert corrupted > 140
 
 
-def test_reference_arithmetic():
-    """The trajectory's values against an independent reading of the question's text (Python's own parser, in a test only)."""
+@pytest.mark.parametrize("trajectory,verdicts", [
+    ("3+5=8;8*2=16;16-7=9", [True, True, True]), ("3+5=8;8*2=16", [True, False]),
+    ("(3+5)*2=16;16-7=9", [True, True]), ("8*2=16;16-7=9", [False, False]),
+    ("3+5=9;9*2=18;18-7=11", [False, False, False]), ("3+5=9W3+5=8;8*2=16;16-7=9", [True] * 3),
+    ("3+5=8W3+5=8;8*2=16", [False, False]), ("3+4=7W3+5=8;8*2=16", [False, False]),
+    ("3+5=08", [False]), ("3+5", [False]), ("((3+5)*2)-7=9....", [False]), ("", [])])
+def test_every_step_gets_the_verdict_that_it_deserves(trajectory, verdicts):
+    """Unfinished, out of turn, a wrong result and what follows it, slips that are none."""
+    assert arithmetic.check(parse("((3+5)*2)-7"), trajectory) == verdicts
+
+
+def test_answers_are_those_of_pythons_own_arithmetic():
+    """The answer against another reading of the question's text: eval, in a test only."""
     rng = random.Random(1)
     for domain, k in ALL:
         for _ in range(50):
-            q = A.draw(rng, domain, k, part_of(domain, k))
-            left = q.text.removesuffix("%97")
-            assert set(left) <= set("0123456789+-*()")
-            assert int(q.answer) == (eval(left) % 97 if domain == "modsum" else eval(left))
+            q = drawn(rng, domain, k)
+            formula = q.text.removesuffix("%97")
+            assert set(formula) <= set("0123456789+-*()")
+            value = eval(formula)
+            assert int(q.answer) == (value % 97 if domain == "modsum" else value)
 
 
 def test_expr_values_stay_within_two_digits():
     rng = random.Random(2)
     for _ in range(2000):
-        q = A.draw(rng, "expr", rng.choice((3, 4)))
-        assert all(0 <= int(s.split("=")[1]) <= 99 for s in A.steps(q, rng)[0])
-
-
-def test_splits_are_disjoint_up_to_commuting():
-    """100,000 draws, three seeds: no canonical form in two splits; and any order of the operands lands in the same one."""
-    seen, rngs = {}, [random.Random(s) for s in (0, 1, 2)]
-    for i in range(100_000):
-        rng = rngs[i % 3]
-        domain = rng.choice(list(A.OOD))
-        k = rng.choice((*A.TRAINED.get(domain, ()), *A.OOD[domain]))
-        part = rng.choice(("train", "train", "val", "test")) if k in A.TRAINED.get(domain, ()) else "ood"
-        q = A.draw(rng, domain, k, part)
-        form = A.canonical(q) if domain != "diff" else "diff " + q.text
-        assert seen.setdefault(form, part) == part
-    assert {"train", "val", "test", "ood"} == set(seen.values())
-    for order in itertools.permutations((3, 14, 15, 9)):
-        assert A.split(A.question("sum", order)) == A.split(A.question("sum", (3, 14, 15, 9)))
-    flip = lambda n: n if isinstance(n, int) else (n[0], *((flip(n[2]), flip(n[1])) if n[0] != "-" else (flip(n[1]), flip(n[2]))))
-    for _ in range(500):
-        q = A.draw(rngs[0], "expr", 4)
-        assert A.canonical(q) == A.canonical(A.question("expr", flip(q.state)))
+        q = arithmetic.draw(rng, "expr", rng.choice((3, 4)))
+        for step in arithmetic.steps(q, rng)[0]:
+            assert 0 <= int(step.split("=")[1]) <= 99
 
 
 def test_sum_of_five_has_32_distinct_trajectories():
     rng = random.Random(3)
     for _ in range(30):
-        q = A.draw(rng, "sum", 5)
-        found = A.distinct(q, rng, 32)
-        assert len({";".join(t) for t in found}) == 32 and all(all(A.check(q, ";".join(t))) for t in found)
+        q = arithmetic.draw(rng, "sum", 5)
+        texts = [";".join(steps) for steps in arithmetic.distinct(q, rng, 32)]
+        assert len(set(texts)) == 32
+        for t in texts:
+            assert all(arithmetic.check(q, t))
     with pytest.raises(ValueError, match="distinct"):
-        A.distinct(A.draw(rng, "sum", 2), rng, 2)
+        arithmetic.distinct(arithmetic.draw(rng, "sum", 2), rng, 2)
 
 
-@pytest.mark.parametrize("bad", ["", "  ", "3", "3+x", "3++5", "(3+5", "3+5)", "3/5", "²+3", "٣+1", "9999+1", "3-5", "99*99", "2**3",
-                                 "3+5%96", "3*5%97", "%97", "1+" * 60 + "1", "(" * 5000, "1+1+1+1+1+1+1+1+1"])
-def test_bad_questions_are_refused_with_a_reason(bad):
-    with pytest.raises(ValueError):
-        A.parse(bad)
+@pytest.mark.parametrize("bad,reason", [
+    ("", "empty"), ("  ", "empty"), ("3", "operands"), ("3+x", "'x'"), ("3++5", "position 3"),
+    ("(3+5", "not closed"), ("3+5)", "not understood"), ("3/5", "'/'"), ("²+3", "'²'"),
+    ("٣+1", "'٣'"), ("9999+1", "1 to 3 digits"), ("3-5", "negative"), ("99*99", "digits"),
+    ("2**3", "number"), ("3+5%96", "'%'"), ("3*5%97", "modulo"), ("%97", "number"),
+    ("1+" * 60 + "1", "99 characters"), ("(" * 5000, "99 characters"), ("(" * 90, "number"),
+    ("1+1+1+1+1+1+1+1+1", "8 operands")])
+def test_bad_questions_are_refused_with_a_reason(bad, reason):
+    with pytest.raises(ValueError) as e:
+        parse(bad)
+    assert reason in str(e.value)
 
 
 def test_questions_in_ordinary_notation():
-    assert A.parse("(3+5)*2-7").text == "((3+5)*2)-7" and A.parse("3+5*2").text == "3+(5*2)"
-    assert A.parse(" 12 + 7+30 ").domain == "sum" and A.parse("45+88%97").answer == "36" and A.parse("90-12-5").domain == "diff"
+    assert parse("(3+5)*2-7").text == "((3+5)*2)-7"
+    assert parse("3+5*2").text == "3+(5*2)"
+    assert parse(" 12 + 7+30 ").domain == "sum"
+    assert parse("45+88%97").answer == "36"
+    assert parse("90-12-5").domain == "diff"
 
 
-@pytest.mark.parametrize("bad", ["", "08", "-1", "1000", "9**9", "٣", "1 ", "1e2", "0x1", "nine", "²"])
+@pytest.mark.parametrize("bad", ["", "08", "-1", "1000", "9**9", "٣", "1 ", "1e2", "0x1", "nine",
+                                 "²"])
 def test_verifier_takes_plain_digits_only(bad):
-    assert A.number(bad) is None
+    assert arithmetic.number(bad) is None
 
+
+# ---------------------------------------------------------------------------------------- splits
+
+def test_splits_are_disjoint_up_to_commuting():
+    """100,000 draws from three seeds: no canonical form stands in two splits."""
+    seen, rngs = {}, [random.Random(seed) for seed in (0, 1, 2)]
+    for i in range(100_000):
+        rng = rngs[i % 3]
+        domain = rng.choice(list(CELLS))
+        k, part = rng.choice(CELLS[domain]), "ood"
+        if k in arithmetic.TRAINED.get(domain, ()):
+            part = rng.choice(("train", "train", "val", "test"))
+        q = arithmetic.draw(rng, domain, k, part)
+        form = domain == "diff", arithmetic.canonical(q)
+        assert seen.setdefault(form, part) == part
+    assert set(seen.values()) == {"train", "val", "test", "ood"}
+
+
+def flipped(node):
+    """A tree with the operands of every + and * the other way round."""
+    if isinstance(node, int):
+        return node
+    op, left, right = node[0], flipped(node[1]), flipped(node[2])
+    return (op, left, right) if op == "-" else (op, right, left)
+
+def test_the_order_of_commuting_operands_does_not_matter_to_a_split():
+    splits = set()
+    for order in itertools.permutations((3, 14, 15, 9)):
+        splits.add(arithmetic.split(arithmetic.question("sum", order)))
+    assert len(splits) == 1
+    rng, changed = random.Random(0), 0
+    for _ in range(500):
+        q = arithmetic.draw(rng, "expr", 4)
+        other = arithmetic.question("expr", flipped(q.state))
+        changed += q.text != other.text
+        assert arithmetic.canonical(q) == arithmetic.canonical(other)
+    assert changed > 400
+
+
+# ------------------------------------------------------------------------------ encoding, padding
 
 def test_encoding_round_trip_and_unknown_characters():
     rng = random.Random(4)
     for domain, k in ALL:
-        q = A.draw(rng, domain, k, part_of(domain, k))
-        t = ";".join(A.steps(q, rng, "reflect")[0])
-        assert text.decode(text.encode(t)) == t and len(text.encode(t)) == len(t)
+        t = arithmetic.trajectory(drawn(rng, domain, k), rng, "reflect")
+        ids = text.encode(t)
+        assert text.decode(ids) == t
+        assert len(ids) == len(t)
     with pytest.raises(ValueError, match="'x'"):
         text.encode("3x5")
 
 
+def test_padding_fills_up_and_targets_are_the_next_tokens_of_the_continuation():
+    rows = [[1, 2, 3], [4]]
+    assert text.padded(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert text.padded(rows, 0, left=True).tolist() == [[1, 2, 3], [0, 0, 4]]
+    ids, targets = text.shifted([[1, 2], [5]], [[3, 4], [6]])
+    nothing = text.IGNORE
+    assert ids.tolist() == [[1, 2, 3], [5, 6, text.PAD]]
+    assert targets.tolist() == [[nothing, 3, 4], [6, nothing, nothing]]
+
+
+# --------------------------------------------------------------------------------------- batches
+
 def test_batches_teach_exactly_what_their_examples_say():
-    rng, mix = random.Random(5), text.Mix()
-    kinds = set()
+    rng, mix, kinds = random.Random(5), text.Mix(), set()
     for _ in range(300):
-        e = mix.sample(rng)
-        b = text.batch([e])
-        learned = text.decode([i for i in b.targets[0].tolist() if i >= 0])
-        full = f"{e.think}</think>{e.answer}<eos>"
-        assert learned == {"all": full, "cut": f"{e.think}{e.answer}<eos>", "answer": f"{e.answer}<eos>"}[e.learn]
-        assert text.decode(b.ids[b.sample > 0].tolist()) == f"<bos>{e.question}<think>{full}".removesuffix("<eos>")
-        kinds.add(e.learn)
+        example = mix.sample(rng)
+        t, a = example.think, example.answer
+        batch = text.batch([example])
+        learned = text.decode([i for i in batch.targets[0].tolist() if i >= 0])
+        expected = {"all": f"{t}</think>{a}<eos>", "cut": f"{t}{a}<eos>", "answer": f"{a}<eos>"}
+        assert learned == expected[example.learn]
+        shown = text.decode(batch.ids[batch.sample > 0].tolist())
+        assert shown == f"<bos>{example.question}<think>{t}</think>{a}"
+        kinds.add(example.learn)
     assert kinds == {"all", "cut", "answer"}
 
 
-def test_batch_is_a_function_of_seed_and_step_and_packing_keeps_every_sample_once():
-    mix, rng = text.Mix(), random.Random("0/7")
-    a, b = (text.batch_at(7, 64, mix, 0) for _ in range(2))
-    assert all(torch.equal(u, v) for u, v in zip(a, b)) and not torch.equal(a.ids[:20], text.batch_at(8, 64, mix, 0).ids[:20])
-    alone = [text.batch([mix.sample(rng)], room=1) for _ in range(64)]
-    triples = lambda b: [tuple(map(tuple, (b.ids[r][m].tolist(), b.targets[r][m].tolist(), b.pos[r][m].tolist())))
-                         for r in range(len(b.ids)) for n in range(1, int(b.sample[r].max()) + 1) for m in [b.sample[r] == n]]
-    assert sorted(triples(a)) == sorted(t for b in alone for t in triples(b)) and (a.sample > 0).float().mean() > 0.85
-    assert (a.ids[a.sample == 0] == text.PAD).all() and (a.targets[a.sample == 0] == text.IGNORE).all()
+def samples_of(batch):
+    """(ids, targets, positions) of every sample in a batch, sorted."""
+    found = []
+    for row, numbers in enumerate(batch.sample):
+        for n in range(1, int(numbers.max()) + 1):
+            own = numbers == n
+            parts = (batch.ids, batch.targets, batch.pos)
+            found.append([part[row, own].tolist() for part in parts])
+    return sorted(found)
 
+def test_a_batch_is_a_function_of_seed_and_step():
+    mix = text.Mix()
+    batch = text.batch_at(7, 64, mix, 0)
+    for a, b in zip(batch, text.batch_at(7, 64, mix, 0)):
+        assert torch.equal(a, b)
+    assert samples_of(batch) != samples_of(text.batch_at(8, 64, mix, 0))
+    assert samples_of(batch) != samples_of(text.batch_at(7, 64, mix, 1))
+
+
+def test_packing_keeps_every_sample_once():
+    mix, rng = text.Mix(), random.Random("0/7")
+    batch, alone = text.batch_at(7, 64, mix, 0), []
+    for _ in range(64):
+        alone += samples_of(text.batch([mix.sample(rng)], room=1))
+    assert samples_of(batch) == sorted(alone)
+    padding = batch.sample == 0
+    assert (~padding).float().mean() > 0.85
+    assert (batch.ids[padding] == text.PAD).all()
+    assert (batch.targets[padding] == text.IGNORE).all()
+
+
+def gradients(model, batches):
+    total = 0
+    for b in batches:
+        total = total + model.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum()
+    return torch.autograd.grad(total, list(model.parameters()))
 
 def test_packed_samples_do_not_see_each_other(tiny):
-    """Loss and gradients of a packed batch are those of its samples, one at a time."""
+    """Gradients of a packed batch are those of its samples, one at a time."""
     rng, mix = random.Random(3), text.Mix()
     examples = [mix.sample(rng) for _ in range(12)]
-    def gradients(batches):
-        total = sum(tiny.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum() for b in batches)
-        return torch.autograd.grad(total, list(tiny.parameters()))
     packed = text.batch(examples)
+    alone = [text.batch([example], room=1) for example in examples]
     assert len(packed.ids) < 12
-    for g, h in zip(gradients([packed]), gradients([text.batch([e], room=1) for e in examples])):
+    for g, h in zip(gradients(tiny, [packed]), gradients(tiny, alone)):
         torch.testing.assert_close(g, h, rtol=0, atol=1e-12)
+
+
+def test_a_pool_holds_the_same_questions_whatever_its_support():
+    mix = text.Mix(domains={"sum": 1}, operands={"sum": (0, 0, 1, 0)})
+    one, many = mix.limited(20, 1, 0).pool, mix.limited(20, 8, 0).pool
+    assert len(one) == len(many) == 20
+    for (q, thinks), (same, more) in zip(one, many):
+        assert q == same
+        assert len(thinks) == 1
+        assert len(more) == len(set(more)) == 8
+        assert thinks[0] in more
+
+
+def test_samples_of_a_pool_are_its_questions_and_trajectories():
+    mix = text.Mix(domains={"sum": 1}, operands={"sum": (0, 0, 1, 0)}).limited(20, 1, 0)
+    known = {(q.text, thinks[0]) for q, thinks in mix.pool}
+    rng, seen = random.Random(0), set()
+    for _ in range(300):
+        example = mix.sample(rng)
+        if example.learn == "all":
+            seen.add((example.question, example.think))
+    assert len(seen) > 10
+    assert seen <= known
+
+
+# ----------------------------------------------------------------------------------------- tasks
+
+def test_trajectories_without_their_last_results():
+    think = "3+5=8;8*2=16"
+    assert tasks.without_results(think, 0) == think
+    assert tasks.without_results(think, 1) == "3+5=8;8*2="
+    assert tasks.without_results(think, 2) == "3+5="
+    with pytest.raises(ValueError):
+        tasks.without_results("3+5=8", 2)
+    with pytest.raises(ValueError, match="empty"):
+        tasks.tensors([tasks.Task(parse("3+5"), [""])])
+
+
+def spelt(row, keep):
+    return text.decode(row[keep].tolist())
+
+def test_rows_of_tasks_hold_what_their_targets_say():
+    """Every part of Support and Query, read back as text."""
+    some = [tasks.Task(parse("(3+5)*2"), ["3+5=8;8*2=16", "3+5=8;8*2=16"]),
+            tasks.Task(parse("1+2+3"), ["1+2=3;3+", "1"], whole=False)]
+    support, query = tasks.tensors(some)
+    rows = [(task, think) for task in some for think in task.thinks]
+    for i, (task, t) in enumerate(rows):
+        q, a = task.question.text, task.question.answer
+        ids, inner, joint, step, answer = (part[i] for part in support)
+        end = "</think>" if task.whole else ""
+        assert spelt(ids, ids != text.PAD).startswith(f"<bos>{q}<think>{t}</think>{a}")
+        assert spelt(inner, inner >= 0) == f"{t}</think>"
+        assert spelt(joint, joint >= 0) == f"{t}{end}{a}<eos>"
+        assert spelt(ids, ~answer) == f"<bos>{q}<think>{t}"
+        numbers = [t[:j].count(";") for j in range(len(t) + 1)]
+        assert step[inner >= 0].tolist() == numbers
+        for targets in (inner, joint):
+            at = (targets[:-1] >= 0).nonzero()
+            assert torch.equal(targets[at], ids[at + 1])
+    for i, task in enumerate(some):
+        ids, targets = query.ids[i], query.targets[i]
+        q, a = task.question.text, task.question.answer
+        assert spelt(ids, ids != text.PAD).startswith(f"<bos>{q}<think></think>{a}")
+        assert spelt(targets, targets >= 0) == f"{a}<eos>"
+
+
+def test_sizes_count_what_sums_over_tasks_are_divided_by():
+    some = [tasks.Task(parse("(3+5)*2"), ["3+5=8;8*2=16"]),
+            tasks.Task(parse("1+2+3"), ["1+2=3;3+", "2+3="], whole=False)]
+    support, query = tasks.tensors(some)
+    sizes = tasks.sizes_of(some)
+    assert sizes.questions == 2
+    assert sizes.answer_tokens == int((query.targets >= 0).sum())
+    assert sizes.joint_targets == int((support.joint >= 0).sum())

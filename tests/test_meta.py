@@ -1,267 +1,455 @@
-"""The inner loop is held to mathematics: an independent slow form, finite differences, and what must not matter."""
+"""The inner loop is held to mathematics: an independent slow form, finite differences, and what
+must not matter."""
 import random
-import subprocess
-import sys
-from pathlib import Path
+import signal
+import time
 
 import pytest
 import torch
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import analyze
 import meta
-import train
+import model as theta
 from data import arithmetic, text
+from data.tasks import Task, sizes_of, tasks_at, tensors
+from lab.flags import flags
+from lab.run import load, read_log, save
 from model import Config, Model
 
-ROOT = Path(train.__file__).parent
-close = lambda a, b, tolerance=1e-10: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+SMALL = ["--batch=4", "--questions=4", "--threads=1", "--device=cpu"]
 
 
-def tasks(n=3, support=2, seed=0, domain="sum", operands=4):
-    rng = random.Random(seed)
-    qs = [arithmetic.draw(rng, domain, operands) for _ in range(n)]
-    return [meta.Task(q, [";".join(t) for t in arithmetic.distinct(q, rng, support)]) for q in qs]
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
-def inner_of(model, K=1, fast="*.up,*.down", tau=3.0, alpha=0.05, **kw):
-    inner = meta.Inner(meta.fast_layers(model, fast), K, alpha, tau, **kw).double()
-    with torch.no_grad():                                                   # rates that differ, so that a mix-up of layers or steps shows
-        inner.log_alpha += 0.3 * torch.randn(inner.log_alpha.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def flat(tensors_):
+    return torch.cat([t.flatten() for t in tensors_])
+
+def some_tasks(n=3, support=2, seed=0, domain="sum", operands=4):
+    rng, tasks = random.Random(seed), []
+    for _ in range(n):
+        q = arithmetic.draw(rng, domain, operands)
+        thinks = [";".join(steps) for steps in arithmetic.distinct(q, rng, support)]
+        tasks.append(Task(q, thinks))
+    return tasks
+
+def inner_of(model, K=1, fast="*.up,*.down", alpha=0.05, tau=3.0, weigh=False):
+    """An Inner whose rates differ, so that a mix-up of layers or steps shows."""
+    inner = meta.Inner(meta.fast_layers(model, fast), K, alpha, tau, weigh).double()
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(inner.log_alpha.shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        inner.log_alpha += 0.3 * noise
     return inner
 
-def dual_loss(model, inner, ts, order=2, mode="whole"):
-    support, query = meta.tensors(ts)
-    steps = meta.by_step(support) * inner.K if mode == "step" else None
-    fast, _ = meta.adapt(model, inner, [(support.ids, support.inner)], len(ts), steps, order)
-    return model.score(model(query.ids, hook=fast, plain_from=0), query.targets).sum(1)
+def steps_of(support, inner, mode):
+    return meta.by_step(support) * inner.K if mode == "step" else None
 
-def primal_loss(model, inner, ts, mode="whole"):
-    out = []
-    for t in ts:
-        support, query = meta.tensors([t])
-        steps = meta.by_step(support) * inner.K if mode == "step" else None
-        theta = meta.theta_prime(model, inner, [(support.ids, support.inner)], steps)
-        out.append(model.score(functional_call(model, theta, (query.ids,), {"plain_from": 0}), query.targets).sum())
-    return torch.stack(out)
+def dual_loss(model, inner, tasks, order=2, mode="whole"):
+    """L_q(theta') of every question by the dual form, all side by side."""
+    support, query = tensors(tasks)
+    steps, pairs = steps_of(support, inner, mode), [(support.ids, support.inner)]
+    fast, _ = meta.adapt(model, inner, pairs, len(tasks), steps, order)
+    h = model(query.ids, hook=fast, plain_from=0)
+    return model.score(h, query.targets).sum(1)
+
+def primal_loss(model, inner, tasks, mode="whole", create_graph=True):
+    """The same by weights written out, one question after the other."""
+    losses = []
+    for task in tasks:
+        support, query = tensors([task])
+        steps = steps_of(support, inner, mode)
+        pairs = [(support.ids, support.inner)]
+        weights = meta.theta_prime(model, inner, pairs, steps, create_graph)
+        h = functional_call(model, weights, (query.ids,), {"plain_from": 0})
+        losses.append(model.score(h, query.targets).sum())
+    return torch.stack(losses)
+
+def everything(model, inner):
+    return [*model.parameters(), inner.log_alpha]
 
 def gradient(loss, model, inner):
-    ps = [*model.parameters(), inner.log_alpha]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, ps, materialize_grads=True)])
+    return flat(torch.autograd.grad(loss, everything(model, inner), materialize_grads=True))
 
 
-@pytest.mark.parametrize("K,support,fast,mode", [(1, 1, "*.up,*.down", "whole"), (2, 2, "*.up,*.down", "whole"), (3, 2, "*.up,*.down", "whole"),
-                                                 (1, 2, "1.qkv,*.out,2.up", "whole"), (2, 1, "*", "whole"), (1, 1, "*.down", "step"), (2, 2, "*.up", "step")])
+# -------------------------------------------------------------------------- the inner loop (Eq. 4)
+
+@pytest.mark.parametrize("K,support,fast,mode", [
+    (1, 1, "*.up,*.down", "whole"), (2, 2, "*.up,*.down", "whole"), (3, 2, "*.up,*.down", "whole"),
+    (1, 2, "1.qkv,*.out,2.up", "whole"), (2, 1, "*", "whole"), (1, 1, "*.down", "step"),
+    (2, 2, "*.up", "step")])
 def test_dual_equals_primal_losses_and_meta_gradients(tiny, K, support, fast, mode):
-    inner, ts = inner_of(tiny, K, fast, weigh=True), tasks(support=support)
+    inner, tasks = inner_of(tiny, K, fast, weigh=True), some_tasks(support=support)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        inner.weight += 0.2 * torch.rand(text.VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    a, b = dual_loss(tiny, inner, ts, mode=mode), primal_loss(tiny, inner, ts, mode)
-    plain = dual_loss(tiny, inner_of(tiny, K, fast, alpha=1e-12), ts, mode=mode)
-    assert (a - plain).abs().min() > 1e-4                                   # the inner loop moved every question's loss
+        noise = torch.rand(text.VOCAB, generator=generator, dtype=torch.float64)
+        inner.weight += 0.2 * noise
+    a = dual_loss(tiny, inner, tasks, mode=mode)
+    b = primal_loss(tiny, inner, tasks, mode)
+    still = dual_loss(tiny, inner_of(tiny, K, fast, alpha=1e-12), tasks, mode=mode)
+    assert (a - still).abs().min() > 1e-4           # every question's loss was moved
     close(a, b)
     close(gradient(a.sum(), tiny, inner), gradient(b.sum(), tiny, inner))
 
 
-def directional(model, inner, ts, order):
-    """The meta-gradient along a random direction, from autograd and from central differences of the loss.
+@pytest.mark.parametrize("K", (1, 2))
+def test_fomaml_takes_the_update_for_a_constant(tiny, K):
+    """Its gradient is that of L_q at theta', theta' - theta moving with the rates only."""
+    inner, tasks = inner_of(tiny, K), some_tasks()
+    a = dual_loss(tiny, inner, tasks, order=1)
+    b = primal_loss(tiny, inner, tasks, create_graph=False)
+    close(a, b)
+    close(gradient(a.sum(), tiny, inner), gradient(b.sum(), tiny, inner))
 
-    h is small because theta' jumps where theta makes a ReLU flip: on that set of measure zero there is no derivative to find."""
-    g = torch.Generator().manual_seed(3)
-    ps = [*model.parameters(), inner.log_alpha]
-    v = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in ps]
-    grads = torch.autograd.grad(dual_loss(model, inner, ts, order).sum(), ps, materialize_grads=True)
-    exact, h = sum((a * b).sum() for a, b in zip(grads, v)), 1e-7
+
+def shift(parameters, direction, by):
+    with torch.no_grad():
+        for p, d in zip(parameters, direction):
+            p += by * d
+
+def directional(model, inner, tasks, order):
+    """The meta-gradient along a random direction: from autograd, and from central differences of
+    the loss.
+
+    h is small because theta' jumps where theta makes a ReLU flip: on that set of measure zero there
+    is no derivative to find."""
+    generator, parameters, h = torch.Generator().manual_seed(3), everything(model, inner), 1e-7
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                 for p in parameters]
+    exact = gradient(dual_loss(model, inner, tasks, order).sum(), model, inner) @ flat(direction)
     values = []
-    for sign in (h, -h):
-        with torch.no_grad():
-            for p, d in zip(ps, v):
-                p += sign * d
-        values.append(dual_loss(model, inner, ts, order=1).sum().detach())
-        with torch.no_grad():
-            for p, d in zip(ps, v):
-                p -= sign * d
-    return float(exact), float((values[0] - values[1]) / (2 * h))
-
+    for sign in (1, -1):
+        shift(parameters, direction, sign * h)
+        values.append(float(dual_loss(model, inner, tasks, order=1).sum().detach()))
+        shift(parameters, direction, -sign * h)
+    return float(exact), (values[0] - values[1]) / (2 * h)
 
 @pytest.mark.parametrize("K", (1, 2))
 def test_meta_gradient_equals_finite_differences_and_fomaml_fails_that_test(tiny, K):
-    inner, ts = inner_of(tiny, K), tasks()
-    exact, measured = directional(tiny, inner, ts, order=2)
+    inner, tasks = inner_of(tiny, K), some_tasks()
+    exact, measured = directional(tiny, inner, tasks, order=2)
     assert abs(exact - measured) < 1e-6 * abs(measured), (exact, measured)
-    first, measured = directional(tiny, inner, ts, order=1)
+    first, measured = directional(tiny, inner, tasks, order=1)
     assert abs(first - measured) > 1e-3 * abs(measured), (first, measured)
 
 
+def test_blocks_that_are_differentiated_twice_are_plain_where_all_others_are_fused(
+        tiny, monkeypatch):
+    """As on CUDA, where None means fused, which has no double backward."""
+    inner, tasks, fused = inner_of(tiny, 2, "1.down,2.up"), some_tasks(), []
+    expected = dual_loss(tiny, inner, tasks)
+    attention = theta.attention
+
+    def as_on_cuda(q, k, v, bias=None, plain=None):
+        fused.append(not plain)
+        return attention(q, k, v, bias, bool(plain))
+    monkeypatch.setattr(theta, "attention", as_on_cuda)
+    loss, _ = meta.meta_loss(tiny, inner, meta.Meta(joint=0.0), tasks)
+    assert fused == [True, False, False] * 3        # two inner steps, the query
+    loss = loss * sizes_of(tasks).answer_tokens
+    close(loss, expected.sum())
+    close(gradient(loss, tiny, inner), gradient(expected.sum(), tiny, inner))
+
+
+def test_the_inner_loss_is_the_weighed_nll_at_its_temperature(tiny):
+    inner, tasks = inner_of(tiny, tau=3.0, weigh=True), some_tasks(2)
+    with torch.no_grad():
+        inner.weight.copy_(torch.linspace(0, 2, text.VOCAB))
+    support, _ = tensors(tasks)
+    h = tiny(support.ids)
+    logp = (tiny.logits(h) / 3.0).log_softmax(-1)
+    expected = 0
+    for row, targets in zip(logp, support.inner):
+        for at, target in enumerate(targets.tolist()):
+            if target >= 0:
+                expected = expected - inner.weight[target] * row[at, target]
+    close(inner.loss(tiny, h, support.inner), expected)
+
+
+def test_steps_of_the_inner_loop_are_those_of_the_trajectory():
+    """Each with its closing ; or </think>, one after the other, nothing twice."""
+    tasks = [Task(arithmetic.parse("(3+5)*2"), ["3+5=8;8*2=16"]),
+             Task(arithmetic.parse("9-4"), ["9-4=5"])]
+    support, _ = tensors(tasks)
+    spelt = []
+    for targets in meta.by_step(support):
+        spelt.append([text.decode(row[row >= 0].tolist()) for row in targets])
+    assert spelt == [["3+5=8;", "9-4=5</think>"], ["8*2=16</think>", ""]]
+
+
+def test_fast_layers_are_those_that_every_pattern_names(tiny):
+    """In the model's order; of anil, those of the last block."""
+    assert meta.fast_layers(tiny, "2.up,0.*") == ["0.qkv", "0.out", "0.up", "0.down", "2.up"]
+    assert meta.fast_layers(tiny, "*.up,*.out", "anil") == ["2.out", "2.up"]
+    with pytest.raises(ValueError, match="no layer matches '9.up'"):
+        meta.fast_layers(tiny, "*.up,9.up")
+    with pytest.raises(ValueError, match="anil"):
+        meta.fast_layers(tiny, "0.up", "anil")
+
+
 def test_alpha_zero_gives_the_plain_gradient(tiny):
-    ts = tasks()
-    _, query = meta.tensors(ts)
+    tasks = some_tasks()
+    _, query = tensors(tasks)
+    inner = meta.Inner(meta.fast_layers(tiny, "*"), alpha=0.0).double()
     plain = tiny.nll(query.ids, query.targets).sum()
-    adapted = dual_loss(tiny, meta.Inner(meta.fast_layers(tiny, "*"), alpha=0.0).double(), ts).sum()
-    for a, b in zip(*(torch.autograd.grad(loss, list(tiny.parameters())) for loss in (plain, adapted))):
+    adapted = dual_loss(tiny, inner, tasks).sum()
+    parameters = list(tiny.parameters())
+    expected = torch.autograd.grad(plain, parameters)
+    for a, b in zip(expected, torch.autograd.grad(adapted, parameters)):
         close(a, b, 1e-12)
 
 
-def test_reptile_with_one_step_points_along_sgd(tiny):
-    """theta - theta' after one step at rate 1 is the gradient of the task's own loss."""
-    ts, c = tasks(support=1), meta.Meta(algo="reptile", joint=0.0)
-    inner = meta.Inner(meta.fast_layers(tiny, "*"), alpha=1.0, tau=3.0).double()
-    loss, _ = meta.meta_loss(tiny, inner, c, ts, order=1)
-    loss.backward()
-    moves = {n: p.grad.clone() for n, p in tiny.named_parameters() if "blocks" in n}
-    tiny.zero_grad()
-    support, query = meta.tensors(ts)
-    (sum(tiny.score(tiny(ids), t, 3.0).sum() for ids, t in ((support.ids, support.inner), query)) / len(ts)).backward()
-    for n, p in tiny.named_parameters():
-        if "blocks" in n:
-            close(moves[n], p.grad)
-
-
 def test_one_question_never_touches_another_and_padding_changes_nothing(tiny):
-    inner = inner_of(tiny, 2)
-    ts = tasks(4) + [meta.Task(t.question, [s[:9] for s in t.thinks]) for t in tasks(1, seed=9)]
-    together = dual_loss(tiny, inner, ts)
-    alone = torch.cat([dual_loss(tiny, inner, [t]) for t in ts])            # other lengths, so other padding
-    close(together, alone)
-    changed = dual_loss(tiny, inner, [ts[0], *tasks(3, seed=7), ts[4]])
+    inner, tasks = inner_of(tiny, 2), some_tasks(4)
+    for task in some_tasks(1, seed=9):              # another length, so another padding
+        tasks.append(Task(task.question, [think[:9] for think in task.thinks]))
+    together = dual_loss(tiny, inner, tasks)
+    close(together, torch.cat([dual_loss(tiny, inner, [task]) for task in tasks]))
+    changed = dual_loss(tiny, inner, [tasks[0], *some_tasks(3, seed=7), tasks[4]])
     close(together[[0, 4]], changed[[0, 4]])
     assert (together[1:4] - changed[1:4]).abs().min() > 1e-6
 
 
 def test_the_answer_behind_the_trajectory_never_reaches_theta_prime(tiny):
-    inner, (t,) = inner_of(tiny), tasks(1)
-    support, query = meta.tensors([t])
+    inner, tasks = inner_of(tiny), some_tasks(1)
+    support, query = tensors(tasks)
+    answer = support.answer & (support.ids != text.END_THINK)
+    changed = support.ids.masked_fill(answer, text.encode("7")[0])
+    assert not torch.equal(changed, support.ids)
     results = []
-    for ids in (support.ids, support.ids.masked_fill(support.answer & (support.ids != text.END_THINK), text.encode("7")[0])):
+    for ids in (support.ids, changed):
         fast, _ = meta.adapt(tiny, inner, [(ids, support.inner)], 1)
         results.append(tiny.nll(query.ids, query.targets, hook=fast))
     assert torch.equal(*results)
 
 
 def test_token_updates_with_a_causal_mask_are_the_theta_prime_of_every_prefix(tiny):
-    """One pass under the mask against an inner loop run anew on every prefix (D local: a token's update knows no later token)."""
-    inner, (t,) = inner_of(tiny, alpha=0.3), tasks(1, support=1)
-    support, query = meta.tensors([t])
-    head, n, T = len(text.prompt(t.question.text)), len(t.thinks[0]), query.ids.size(1)
+    """One pass under the mask against an inner loop run anew on every prefix (D local: a token's
+    update knows no later token)."""
+    inner, tasks = inner_of(tiny, alpha=0.3), some_tasks(1, support=1)
+    support, query = tensors(tasks)
+    first = len(text.prompt(tasks[0].question.text)) - 1    # where t's first token is a target
+    n, T = len(tasks[0].thinks[0]), query.ids.size(1)
     fast, _ = meta.adapt(tiny, inner, [(support.ids, support.inner)], 1, local=True)
-    copies = query.ids.expand(n + 1, T), query.targets.expand(n + 1, T)
-    i = torch.arange(n + 1).repeat_interleave(T)
-    fast.seen = (torch.arange(support.ids.size(1)) < head - 1 + i[:, None])[None]
-    together = tiny.nll(*copies, hook=fast).sum(1)
-    for j in range(n + 1):
+    prefix = torch.arange(n + 1).repeat_interleave(T)
+    fast.seen = (torch.arange(support.ids.size(1)) < first + prefix[:, None])[None]
+    ids, targets = query.ids.expand(n + 1, T), query.targets.expand(n + 1, T)
+    together = tiny.nll(ids, targets, hook=fast).sum(1)
+    for i in range(n + 1):
         only = support.inner.clone()
-        only[:, head - 1 + j:] = text.IGNORE
+        only[:, first + i:] = text.IGNORE
         fast, _ = meta.adapt(tiny, inner, [(support.ids, only)], 1, local=True)
-        close(together[j], tiny.nll(query.ids, query.targets, hook=fast).sum())
+        close(together[i], tiny.nll(query.ids, query.targets, hook=fast).sum())
     assert (together[1:] - together[0]).abs().min() > 1e-6
 
 
-def test_context_gradients_full_and_detached_differ_only_behind_the_trajectory(tiny):
-    ts = tasks(support=1)
-    grads = []
-    for how in ("full", "detached"):
-        tiny.zero_grad()
-        loss, numbers = meta.meta_loss(tiny, inner_of(tiny), meta.Meta(algo="none", context_grad=how, joint=1.0), ts, order=1)
-        loss.backward()
-        grads.append((numbers["joint"], tiny.blocks[0].qkv.weight.grad.clone()))
-    close(grads[0][0], grads[1][0])
-    assert (grads[0][1] - grads[1][1]).norm() > 1e-3 * grads[0][1].norm()
+class Largest(TorchDispatchMode):
+    """How large the largest tensor is that any operation returns."""
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
 
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for part in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(part, torch.Tensor):
+                self.numel = max(self.numel, part.numel())
+        return out
 
-def test_nothing_of_size_questions_x_parameters_is_allocated(tiny):
-    """The largest tensor of a whole second-order meta-step, seen by a dispatch mode, while questions x parameters is far above it."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def test_nothing_of_size_questions_x_parameters_is_allocated():
+    """In a whole second-order meta-step, where questions x parameters is far above its tensors."""
     torch.manual_seed(0)
     model = Model(Config(text.VOCAB, layers=2, heads=2, width=64))
-    largest = [0]
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-            out = f(*args, **(kwargs or {}))
-            largest[0] = max([largest[0], *(o.numel() for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor))])
-            return out
-    ts, inner = tasks(40, support=1, operands=3), meta.Inner(meta.fast_layers(model, "*.up,*.down"))
+    tasks = some_tasks(40, support=1, operands=3)
+    inner = meta.Inner(meta.fast_layers(model, "*.up,*.down"))
     fast_parameters = 2 * 2 * 4 * 64 * 64
-    with Watch():
-        meta.meta_loss(model, inner, meta.Meta(), ts)[0].backward()
-    assert 0 < largest[0] < 40 * fast_parameters / 5, (largest[0], 40 * fast_parameters)
+    with Largest() as largest:
+        meta.meta_loss(model, inner, meta.Meta(), tasks)[0].backward()
+    assert 0 < largest.numel < 40 * fast_parameters / 5
 
 
-def test_trajectories_without_their_last_results():
-    assert [meta.without_results("3+5=8;8*2=16", n) for n in (0, 1, 2)] == ["3+5=8;8*2=16", "3+5=8;8*2=", "3+5="]
-    with pytest.raises(ValueError):
-        meta.without_results("3+5=8", 2)
-    with pytest.raises(ValueError, match="empty"):
-        meta.tensors([meta.Task(arithmetic.parse("3+5"), [""])])
+# -------------------------------------------------------------------------- the outer loop (Eq. 8)
+
+def test_reptile_with_one_step_points_along_sgd(tiny):
+    """theta - theta' after one step at rate 1 is the gradient of the task's own loss."""
+    tasks = some_tasks(support=1)
+    inner = meta.Inner(meta.fast_layers(tiny, "*"), alpha=1.0, tau=3.0).double()
+    c = meta.Meta(algo="reptile", joint=0.0)
+    loss, _ = meta.meta_loss(tiny, inner, c, tasks, order=1)
+    loss.backward()
+    inside = [(n, p) for n, p in tiny.named_parameters() if n.startswith("blocks.")]
+    moves = {name: p.grad.clone() for name, p in inside}
+    tiny.zero_grad()
+    support, query = tensors(tasks)
+    own = tiny.score(tiny(support.ids), support.inner, 3.0).sum()
+    own = own + tiny.score(tiny(query.ids), query.targets, 3.0).sum()
+    (own / len(tasks)).backward()
+    for name, p in inside:
+        close(moves[name], p.grad)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sft")
-    torch.manual_seed(0)
-    train.save(out / "ckpt.pt", model=Model(Config(text.VOCAB, layers=2, heads=2, width=16)).state(), step=0, config={})
-    return out / "ckpt.pt"
-
-def call(*args):
-    return subprocess.run([sys.executable, ROOT / "meta.py", *args], capture_output=True, text=True)
-
-SMALL = ["--batch=4", "--questions=4", "--threads=1", "--device=cpu"]
-
-
-@pytest.mark.parametrize("args,word", [(["--K=0"], "--K"), (["--fast=9.up"], "9.up"), (["--support=99"], "distinct"), (["--algo=maml2"], "algo"),
-                                       (["--algo=anil", "--fast=0.up"], "anil"), (["--operands=3,x"], "operands"), (["--operands=9"], "9"),
-                                       (["--init=/nowhere/ckpt.pt"], "nowhere"), (["--tau=0"], "--tau")])
-def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, args, word, refused):
-    own = {a.split("=")[0] for a in args}
-    refused(meta, [*(f for f in (f"--init={checkpoint}", f"--out={tmp_path / 'run'}", *SMALL) if f.split("=")[0] not in own), *args], [word])
-    assert not (tmp_path / "run").exists()
+def test_context_gradients_full_and_detached_differ_only_behind_the_trajectory(tiny):
+    """The same loss; not the same gradient."""
+    tasks, losses, gradients = some_tasks(support=1), [], []
+    for how in ("full", "detached"):
+        tiny.zero_grad()
+        c = meta.Meta(algo="none", context_grad=how, joint=1.0)
+        loss, numbers = meta.meta_loss(tiny, inner_of(tiny), c, tasks, order=1)
+        loss.backward()
+        losses.append(numbers["joint"])
+        gradients.append(tiny.blocks[0].qkv.weight.grad.clone())
+    close(*losses)
+    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
 
 
-def test_a_meta_run_resumes_bit_for_bit_and_divergence_keeps_the_last_checkpoint(checkpoint, tmp_path):
-    import signal
-    import time
-    a, b = tmp_path / "straight", tmp_path / "broken"
-    args = [f"--init={checkpoint}", "--steps=60", "--save_every=5", "--first_order=0.3", "--K=2", "--msl=0.5", *SMALL]
-    whole = subprocess.Popen([sys.executable, ROOT / "meta.py", f"--out={a}", *args], stdout=subprocess.DEVNULL)
-    p = subprocess.Popen([sys.executable, ROOT / "meta.py", f"--out={b}", *args], stderr=subprocess.PIPE, text=True)
-    while p.poll() is None and not (b / "ckpt.pt").exists():
-        time.sleep(0.02)
-    p.send_signal(signal.SIGTERM)
-    p.communicate()
-    assert p.returncode == 143 and train.load(b / "ckpt.pt")["step"] < 60
-    r = call(f"--out={b}", "--resume")
-    assert r.returncode == 0 == whole.wait(), r.stderr
-    one, two = train.load(a / "ckpt.pt"), train.load(b / "ckpt.pt")
-    assert all(torch.equal(one["model"]["weights"][k], v) for k, v in two["model"]["weights"].items())
-    assert all(torch.equal(one["extra"][k], v) for k, v in two["extra"].items())
-    good = (a / "ckpt.pt").read_bytes()
-    r = call(f"--init={checkpoint}", f"--out={tmp_path / 'wild'}", "--steps=30", "--save_every=1", "--lr=1e9", "--lr_adam=1e9", *SMALL)
-    assert r.returncode == 1 and "not finite" in r.stderr and "rate" in r.stderr, r.stderr
-    assert (a / "ckpt.pt").read_bytes() == good
+@pytest.mark.parametrize("algo,order", [("maml", 2), ("fomaml", 1), ("anil", 2), ("none", 1)])
+def test_the_meta_objective_is_the_mean_answer_loss_and_the_mean_in_context_loss(
+        tiny, algo, order):
+    """L_q(theta'), or L_q(theta) without an inner loop, + joint * L(theta)."""
+    c, inner, tasks = meta.Meta(algo=algo, joint=0.7), inner_of(tiny, 2), some_tasks()
+    loss, numbers = meta.meta_loss(tiny, inner, c, tasks, order=order)
+    support, query = tensors(tasks)
+    L_q = tiny.nll(query.ids, query.targets)
+    if algo != "none":
+        L_q = dual_loss(tiny, inner, tasks)
+    L_q = L_q.sum() / (query.targets >= 0).sum()
+    joint = tiny.nll(support.ids, support.joint).sum() / (support.joint >= 0).sum()
+    close(numbers["L_q"], L_q.detach())
+    close(numbers["joint"], joint.detach())
+    close(loss, L_q + 0.7 * joint)
 
 
-def test_the_slow_sides_of_the_benchmark_compute_the_same_gradient(tiny):
-    """Loop, vmap and dual form, on tasks of unequal lengths; and first order is another gradient."""
-    inner, ts = inner_of(tiny), [meta.Task(t.question, t.thinks[:1]) for n in (2, 3, 4) for t in tasks(2, 1, n, operands=n)]
-    flat = lambda gs: torch.cat([g.flatten() for g in gs])
-    dual = flat(analyze.meta_by_dual(tiny, inner, ts))
-    close(dual, flat(analyze.meta_by_loop(tiny, inner, ts)))
-    close(dual, flat(analyze.meta_by_vmap(tiny, inner, ts)))
-    assert (dual - flat(analyze.meta_by_dual(tiny, inner, ts, order=1))).norm() > 1e-3 * dual.norm()
+def test_answers_after_earlier_inner_steps_count_with_their_weight(tiny):
+    """MAML++: those of every theta' on the way, and the last whole."""
+    tasks, tokens = some_tasks(), sizes_of(some_tasks()).answer_tokens
+    inner = inner_of(tiny, 3)
+    loss, _ = meta.meta_loss(tiny, inner, meta.Meta(msl=0.4, joint=0.0), tasks)
+    expected = 0
+    for K, weight in ((1, 0.4), (2, 0.4), (3, 1.0)):
+        fewer = meta.Inner(inner.names, K, tau=inner.tau).double()
+        with torch.no_grad():
+            fewer.log_alpha.copy_(inner.log_alpha[:, :K])
+        expected = expected + weight * dual_loss(tiny, fewer, tasks).sum() / tokens
+    close(loss, expected)
 
+
+def summed(model, inner, c, parts, sizes):
+    """The gradient that parts of a batch leave behind each other, and their numbers."""
+    model.zero_grad()
+    order, totals = 2 if c.algo == "maml" else 1, {"L_q": 0.0, "joint": 0.0}
+    for part in parts:
+        loss, numbers = meta.meta_loss(model, inner, c, part, order=order, sizes=sizes)
+        loss.backward()
+        for name in totals:
+            totals[name] += float(numbers[name])
+    return flat([p.grad for p in model.parameters()]), totals
 
 @pytest.mark.parametrize("algo", ["maml", "reptile", "none"])
 def test_parts_of_a_batch_add_up_to_it(tiny, algo):
     """What chunks and several processes rest on: means are taken over the whole batch."""
-    c, inner = meta.Meta(algo=algo), inner_of(tiny)
-    ts = [t._replace(whole=n > 2) for n in (2, 3, 4) for t in tasks(1, 1, n, operands=n)]
-    grads, numbers = [], []
-    for parts in ([ts], [ts[:1], ts[1:]]):
-        tiny.zero_grad()
-        results = [meta.meta_loss(tiny, inner, c, part, order=2 if algo == "maml" else 1, counts=meta.counts_of(ts)) for part in parts]
-        for loss, _ in results:
-            loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in tiny.parameters()]))
-        numbers.append([float(sum(n[k] for _, n in results)) for k in ("L_q", "joint")])
-    close(*grads)
-    assert numbers[0] == pytest.approx(numbers[1], abs=1e-12)
-    support, query = meta.tensors(ts)
-    assert meta.counts_of(ts) == (3, int((query.targets >= 0).sum()), int((support.joint >= 0).sum()))
+    c, inner, tasks = meta.Meta(algo=algo), inner_of(tiny), []
+    for n in (2, 3, 4):
+        (task,) = some_tasks(1, 1, n, operands=n)
+        tasks.append(task._replace(whole=n > 2))
+    sizes = sizes_of(tasks)
+    whole, numbers = summed(tiny, inner, c, [tasks], sizes)
+    parts, same = summed(tiny, inner, c, [tasks[:1], tasks[1:]], sizes)
+    close(whole, parts)
+    assert numbers == pytest.approx(same, abs=1e-12)
+
+
+def test_tasks_are_a_function_of_seed_and_step_and_follow_their_curriculum():
+    """Whole trajectories before --cut_from, a share of --cut missing results after --cut_full."""
+    c = meta.Meta(batch=300, steps=100, cut=0.6, cut_from=0.1, cut_full=0.4)
+    assert tasks_at(3, c) == tasks_at(3, c) != tasks_at(4, c)
+    for step, missing in ((10, 0.0), (25, 0.3), (40, 0.6), (99, 0.6)):
+        tasks = tasks_at(step, c)
+        assert sum(not task.whole for task in tasks) / 300 == pytest.approx(missing, abs=0.1)
+        for task in tasks:
+            verdicts = [arithmetic.check(task.question, think)[-1] for think in task.thinks]
+            if task.whole:
+                assert all(verdicts)
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sft") / "ckpt.pt"
+    torch.manual_seed(0)
+    model = Model(Config(text.VOCAB, layers=2, heads=2, width=16))
+    save(path, model=model.state(), step=0, config={})
+    return path
+
+
+@pytest.mark.parametrize("args,word", [
+    (["--K=0"], "--K"), (["--fast=9.up"], "9.up"), (["--support=99"], "distinct"),
+    (["--algo=maml2"], "algo"), (["--algo=anil", "--fast=0.up"], "anil"),
+    (["--operands=3,x"], "operands"), (["--operands=9"], "9"), (["--operands=3,,4"], "operands"),
+    (["--init=/nowhere/ckpt.pt"], "nowhere"), (["--tau=0"], "--tau"),
+    (["--missing=0,0,0"], "--missing"), (["--missing=1,2"], "--missing"),
+    (["--cut_from=0.9", "--cut_full=0.1"], "--cut_full")])
+def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, args, word, refused):
+    out = tmp_path / "run"
+    init = [] if args[0].startswith("--init") else [f"--init={checkpoint}"]
+    refused(meta, [f"--out={out}", *init, *SMALL, *args], [word])
+    assert not out.exists()
+
+
+def test_a_meta_run_resumes_bit_for_bit(checkpoint, tmp_path, start):
+    """SIGTERM, a checkpoint, exit code 143; then the same bits as a run that was never stopped."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    args = [f"--init={checkpoint}", "--steps=60", "--save_every=5", "--first_order=0.3", "--K=2",
+            "--msl=0.5", *SMALL]
+    p = start("meta.py", f"--out={broken}", *args)
+    while p.poll() is None and not (broken / "ckpt.pt").exists():
+        time.sleep(0.02)
+    p.send_signal(signal.SIGTERM)
+    message = p.communicate()[1]
+    assert p.returncode == 143 and "--resume" in message, message
+    assert load(broken / "ckpt.pt")["step"] < 60
+    meta.meta(*flags(meta.Meta, [f"--out={broken}", "--resume"]))
+    meta.meta(*flags(meta.Meta, [f"--out={straight}", *args]))
+    one, two = load(straight / "ckpt.pt"), load(broken / "ckpt.pt")
+    for name, weight in one["model"]["weights"].items():
+        assert torch.equal(weight, two["model"]["weights"][name])
+    for name, value in one["extra"].items():
+        assert torch.equal(value, two["extra"][name])
+    assert numbers_of(straight) == numbers_of(broken)
+
+def numbers_of(folder):
+    """A run's log without its times."""
+    rows = read_log(folder)
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+
+def test_a_meta_checkpoint_holds_theta_and_its_rates(checkpoint, tmp_path, exits):
+    out, args = tmp_path / "run", ["--steps=3", "--K=2", "--weigh", "--unclosed", *SMALL]
+    meta.meta(*flags(meta.Meta, [f"--init={checkpoint}", f"--out={out}", *args]))
+    model, inner, state = meta.load_meta(out / "ckpt.pt")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, state["model"]["weights"][name])
+    assert torch.equal(inner.log_alpha, state["extra"]["log_alpha"])
+    assert torch.equal(inner.weight, state["extra"]["weight"])
+    assert (inner.log_alpha != 0).all()
+    assert inner.K == 2 and inner.tau == 10
+    exits(["not one of meta.py"], meta.load_meta, checkpoint)
+
+
+def test_divergence_stops_a_run_and_keeps_the_last_checkpoint(checkpoint, tmp_path, capsys):
+    out = tmp_path / "wild"
+    args = [f"--init={checkpoint}", f"--out={out}", "--steps=30", "--save_every=1", "--lr=1e9",
+            "--lr_adam=1e9", *SMALL]
+    with pytest.raises(SystemExit) as e:
+        meta.meta(*flags(meta.Meta, args))
+    err = capsys.readouterr().err
+    assert e.value.code == 1
+    for word in ("not finite", "step", "rate", str(out / "ckpt.pt")):
+        assert word in err
+    last = load(out / "ckpt.pt")
+    assert last["step"] == len(numbers_of(out)) < 30
+    for weight in last["model"]["weights"].values():
+        assert weight.isfinite().all()

@@ -7,30 +7,50 @@ import time
 import pytest
 import torch
 
-import analyze
 import train
-from data.flags import flags
 from data import arithmetic, text
+from lab import score
+from lab.flags import flags
+from lab.run import FORMAT, load
 
 Q = arithmetic.parse("(3+5)*2-7")
-TINY = ["--layers=1", "--heads=2", "--width=16", "--batch=8", "--questions=2", "--device=cpu", "--threads=1"]
+SMALL = ["--batch=8", "--questions=2", "--device=cpu", "--threads=1"]
 
 
-def test_reward_is_that_of_the_paper():
-    for output, r in (("3+5=8;8*2=16;16-7=9</think>9<eos>", 1), ("</think>9<eos>", 1), ("...</think>8<eos>", 0), ("3+5=8;16-7=9<eos>", -0.5), ("</think>9", -0.5),
-                      ("</think>09<eos>", -1), ("9</think></think>9<eos>", -0.5), ("</think>9<eos>9", -0.5), ("</think><eos>", -1), ("", -1), ("3+5=8", -1)):
-        assert arithmetic.reward(Q, output) == r, output
+def trained(*args):
+    return train.train(*flags(train.Train, args))
+
+def always(value):
+    """A function that returns this value, whatever it is asked."""
+    def f(*args, **kw):
+        return value
+    return f
 
 
-def test_ten_thousand_hostile_strings_get_a_verdict_in_seconds_and_nothing_is_evaluated(monkeypatch):
+# ------------------------------------------------------------------------------- rewards, metrics
+
+@pytest.mark.parametrize("output,reward", [
+    ("3+5=8;8*2=16;16-7=9</think>9<eos>", 1), ("</think>9<eos>", 1), ("...</think>8<eos>", 0),
+    ("3+5=8;16-7=9<eos>", -0.5), ("</think>9", -0.5), ("</think>09<eos>", -1),
+    ("9</think></think>9<eos>", -0.5), ("</think>9<eos>9", -0.5), ("</think><eos>", -1), ("", -1),
+    ("3+5=8", -1)])
+def test_reward_is_that_of_the_paper(output, reward):
+    assert arithmetic.reward(Q, output) == reward
+
+
+PIECES = ("9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "٩", "²", "", "9" * 10_000, "-9", "+9",
+          " 9", "9 ", "0x9", "9e0", "9_0", "\x00", "\n", "=", ";", "W", "</think>", "<eos>",
+          "__import__('os').abort()", "9.0", "９", "inf", "nan", "1/0", "<think>", "9", "16-7=9")
+
+def evaluated(*args, **kw):
+    pytest.fail("evaluated")
+
+def test_ten_thousand_hostile_strings_get_a_verdict_in_seconds_and_run_nothing(monkeypatch):
     for name in ("eval", "exec", "compile", "__import__"):
-        monkeypatch.setattr("builtins." + name, lambda *a, **k: pytest.fail("evaluated"))
-    rng = random.Random(0)
-    pieces = ["9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "\u0669", "\u00b2", "", "9" * 10_000, "-9", "+9", " 9", "9 ", "0x9", "9e0", "9_0", "\x00", "\n", "=", ";", "W", "</think>", "<eos>",
-              "__import__('os').abort()", "9.0", "\uff19", "inf", "nan", "1/0", "<think>", "9", "16-7=9"]
-    began = time.perf_counter()
+        monkeypatch.setattr(f"builtins.{name}", evaluated)
+    rng, began = random.Random(0), time.perf_counter()
     for i in range(10_000):
-        s = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 4)))
+        s = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 4)))
         assert arithmetic.reward(Q, s) in (1.0, 0.0, -0.5, -1.0)
         assert arithmetic.verify(Q, s) == (s == "9")
         if i % 10 == 0:
@@ -40,160 +60,215 @@ def test_ten_thousand_hostile_strings_get_a_verdict_in_seconds_and_nothing_is_ev
     assert time.perf_counter() - began < 10
 
 
-def test_pass_at_k_and_mg_pass_at_k_are_averages_over_all_subsets():
+@pytest.mark.parametrize("right", range(9))
+def test_pass_at_k_and_mg_pass_at_k_are_averages_over_all_subsets(right):
     n, k = 8, 4
-    for c in range(n + 1):
-        right = [sum(s) for s in itertools.combinations([1] * c + [0] * (n - c), k)]
-        assert train.pass_at_k(n, c, k) == pytest.approx(sum(r > 0 for r in right) / len(right))
-        g = lambda i: sum(r >= i for r in right) / len(right)
-        assert train.mg_pass_at_k(n, c, k) == pytest.approx(2 / k * sum(g(i) for i in range(k // 2 + 1, k + 1)))
-    for c, v in ((8, 0.0031), (16, 0.1181), (20, 0.2810), (24, 0.5031), (28, 0.75), (31, 0.9375), (32, 1)):
-        assert train.mg_pass_at_k(32, c, 8) == pytest.approx(v, abs=5e-5)
+    outcomes = [1] * right + [0] * (n - right)
+    counts = [sum(subset) for subset in itertools.combinations(outcomes, k)]
+    shares = [sum(count >= i for count in counts) / len(counts) for i in range(k + 1)]
+    assert score.pass_at_k(n, right, k) == pytest.approx(shares[1])
+    reliably = 2 / k * sum(shares[k // 2 + 1:])
+    assert score.mg_pass_at_k(n, right, k) == pytest.approx(reliably)
 
+
+@pytest.mark.parametrize("right,value", [(8, 0.0031), (16, 0.1181), (20, 0.2810), (24, 0.5031),
+                                         (28, 0.75), (31, 0.9375), (32, 1)])
+def test_mg_pass_at_8_of_32_has_the_published_values(right, value):
+    assert score.mg_pass_at_k(32, right, 8) == pytest.approx(value, abs=5e-5)
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+# A policy of seven outputs: two tokens of a = 0, b = 1, or fewer before the end, 2.
+OUTPUTS = [(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)]
+MASK = torch.tensor([[True, len(output) > 1] for output in OUTPUTS])
+REWARD = torch.tensor([0.0, 1.0, 0.3, -1.0, 0.5, 0.0, -0.5], dtype=torch.float64)
+
+def log_probs(theta):
+    """theta (4, 3): scores of the first token, and of the second behind each -> (7, 2)."""
+    p, rows = theta.log_softmax(-1), []
+    for output in OUTPUTS:
+        second = p[1 + output[0], output[1]] if len(output) > 1 else torch.zeros_like(p[0, 0])
+        rows.append(torch.stack((p[0, output[0]], second)))
+    return torch.stack(rows)
+
+def expected_gradient(theta, adv):
+    """Of `policy_loss`, negated, over all 49 groups of two outputs."""
+    c, logp, total = train.Train(adv=adv, max_new=2), log_probs(theta), 0
+    p = (logp * MASK).sum(1).exp().detach()
+    for pair in itertools.product(range(len(OUTPUTS)), repeat=2):
+        pair = list(pair)
+        A = train.advantages(REWARD[pair][None], adv).flatten()
+        loss = train.policy_loss(logp[pair], logp[pair].detach(), MASK[pair], A, c)
+        grad, = torch.autograd.grad(loss, theta, retain_graph=True)
+        total = total - p[pair].prod() * grad
+    return total
 
 def test_policy_gradient_against_the_sum_over_all_outputs():
-    """A policy of 7 outputs (a, b or end, at most two tokens), groups of 2, float64: the expected gradient over all 49 groups.
-
-    dr_grpo's is (G - 1) / G / L_max times that of the expected reward, exactly; grpo's is not along it."""
-    g = torch.Generator().manual_seed(0)
-    theta = torch.randn(4, 3, generator=g, dtype=torch.float64).requires_grad_()
-    outputs = [(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)]
-    reward = torch.tensor([0.0, 1.0, 0.3, -1.0, 0.5, 0.0, -0.5], dtype=torch.float64)
-
-    def logp(o):                                                            # (2,), 0 behind the end
-        p = theta.log_softmax(-1)
-        return torch.stack([p[0, o[0]], p[1 + o[0], o[1]] if len(o) > 1 else p.sum() * 0])
-    L = torch.stack([logp(o) for o in outputs])
-    mask = torch.tensor([[True, len(o) > 1] for o in outputs])
-    p = (L * mask).sum(1).exp()
+    """dr_grpo's expected gradient is (G - 1) / G / L_max times that of the expected reward,
+    exactly; grpo's is not along it."""
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    p = (log_probs(theta) * MASK).sum(1).exp()
     assert float(p.sum().detach()) == pytest.approx(1)
-    true, = torch.autograd.grad((p * reward).sum(), theta, retain_graph=True)
-    expected = {}
-    for adv in ("dr_grpo", "grpo"):
-        c, total = train.Train(adv=adv, max_new=2), 0
-        for pair in itertools.product(range(len(outputs)), repeat=2):
-            A = train.advantages(reward[list(pair)][None], adv).flatten()
-            l = L[list(pair)]
-            grad, = torch.autograd.grad(train.policy_loss(l, l.detach(), mask[list(pair)], A, c), theta, retain_graph=True)
-            total = total - p[pair[0]].detach() * p[pair[1]].detach() * grad
-        expected[adv] = total
-    torch.testing.assert_close(expected["dr_grpo"], true * 0.5 / 2, rtol=1e-10, atol=1e-12)
-    cosine = torch.cosine_similarity(expected["grpo"].flatten(), true.flatten(), 0)
-    assert cosine < 0.99, "grpo's bias should show here"
+    true, = torch.autograd.grad((p * REWARD).sum(), theta)
+    exact, biased = (expected_gradient(theta, adv) for adv in ("dr_grpo", "grpo"))
+    torch.testing.assert_close(exact, true * 0.5 / 2, rtol=1e-10, atol=1e-12)
+    assert torch.cosine_similarity(biased.flatten(), true.flatten(), 0) < 0.99
 
 
-def test_clipping_stops_the_gradient_where_the_ratio_has_gone_far_enough():
-    c, mask = train.Train(max_new=1), torch.ones(1, 1, dtype=torch.bool)
-    for ratio, A, moves in ((1.0, 1.0, True), (1.3, 1.0, False), (0.7, 1.0, True), (0.7, -1.0, False), (1.3, -1.0, True)):
-        logp = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        train.policy_loss(logp, torch.zeros(1, 1), mask, torch.tensor([A]), c).backward()
-        assert bool(logp.grad.abs().sum() > 0) == moves
-    kl = train.policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), mask, torch.zeros(1), train.Train(max_new=1, kl=1.0), torch.tensor([[0.5]]))
-    assert float(kl) == pytest.approx(math.exp(0.5) - 0.5 - 1)
+@pytest.mark.parametrize("ratio,A,moves", [(1.0, 1.0, True), (1.3, 1.0, False), (0.7, 1.0, True),
+                                           (0.7, -1.0, False), (1.3, -1.0, True)])
+def test_clipping_stops_the_gradient_where_the_ratio_has_gone_far_enough(ratio, A, moves):
+    logp, mask = torch.tensor([[math.log(ratio)]], requires_grad=True), torch.tensor([[True]])
+    c = train.Train(max_new=1)
+    train.policy_loss(logp, torch.zeros(1, 1), mask, torch.tensor([A]), c).backward()
+    assert bool(logp.grad.abs().sum() > 0) == moves
 
+
+def test_the_divergence_from_a_reference_is_k3():
+    """p_ref / p - log(p_ref / p) - 1."""
+    zero, mask, c = torch.zeros(1, 1), torch.tensor([[True]]), train.Train(max_new=1, kl=1.0)
+    loss = train.policy_loss(zero, zero, mask, torch.zeros(1), c, torch.tensor([[0.5]]))
+    assert float(loss) == pytest.approx(math.exp(0.5) - 0.5 - 1)
+
+
+def full_log_probs(model, head, row):
+    """log p of every token of a row, from one forward pass of head and row together."""
+    logp = model.logits(model(torch.tensor([head + row])))[0].log_softmax(-1)
+    return torch.stack([logp[len(head) + j - 1, token] for j, token in enumerate(row)])
+
+def cached_log_probs(model, head, row):
+    """The same, token by token through the KV cache."""
+    H, found = len(head), []
+    cache, at = model.new_cache(1, H + len(row)), torch.arange(H)
+    h = model(torch.tensor([head]), mask=(at[:, None] >= at)[None, None], cache=cache)
+    for j, token in enumerate(row):
+        found.append(model.logits(h[:, -1])[0].log_softmax(-1)[token])
+        slot = slice(H + j, H + j + 1)
+        h = model(torch.tensor([[token]]), torch.tensor([[H + j]]), cache=cache, slot=slot)
+    return torch.stack(found)
 
 def test_log_probabilities_of_rollouts_are_those_of_a_full_forward_and_of_the_cache(tiny):
-    c = train.Train(group=3, max_new=7)
-    asked, rows = train.rollouts(tiny, [Q, arithmetic.parse("3+4")], c, 5)
-    assert len(asked) == len(rows) == 6 and train.rollouts(tiny, [Q, arithmetic.parse("3+4")], c, 5)[1] == rows
+    c, questions = train.Train(group=3, max_new=7), [Q, arithmetic.parse("3+4")]
+    asked, rows = train.rollouts(tiny, questions, c, 5)
+    assert len(asked) == len(rows) == 6
+    assert train.rollouts(tiny, questions, c, 5)[1] == rows
     logp, mask = train.log_prob(tiny, asked, rows)
-    assert mask.sum(1).tolist() == [len(r) for r in rows] and (logp[~mask] == 0).all()
-    for q, row, l, m in zip(asked, rows, logp, mask):
-        head = text.prompt(q.text)
-        full = tiny.logits(tiny(torch.tensor([head + row])))[0].log_softmax(-1)
-        slow = torch.stack([full[len(head) + j - 1, t] for j, t in enumerate(row)])
-        torch.testing.assert_close(l[m], slow, rtol=0, atol=1e-12)
-        cache, at, cached = tiny.new_cache(1, len(head) + len(row)), torch.arange(len(head)), []
-        h = tiny(torch.tensor([head]), mask=(at[:, None] >= at)[None, None], cache=cache)
-        for j, t in enumerate(row):
-            cached.append(tiny.logits(h[:, -1])[0].log_softmax(-1)[t])
-            h = tiny(torch.tensor([[t]]), pos=torch.tensor([[len(head) + j]]), cache=cache, slot=slice(len(head) + j, len(head) + j + 1))
-        torch.testing.assert_close(l[m], torch.stack(cached), rtol=0, atol=1e-12)
+    assert mask.sum(1).tolist() == list(map(len, rows))
+    assert (logp[~mask] == 0).all()
+    for q, row, own, real in zip(asked, rows, logp, mask):
+        for slow in (full_log_probs, cached_log_probs):
+            expected = slow(tiny, text.prompt(q.text), row)
+            torch.testing.assert_close(own[real], expected, rtol=0, atol=1e-12)
 
 
-def test_dpo_gradient_against_finite_differences(tiny):
-    asked, rows = [Q] * 4, [text.encode("3+5=8") + [text.END_THINK, 9, text.EOS], text.encode("9") + [text.END_THINK, 9], text.encode("1"), [text.END_THINK, 3, text.EOS]]
-    ref = [torch.tensor([-9.0, -8.0]).double(), torch.tensor([-7.0, -9.0]).double()]
-    loss = lambda: train.dpo_loss(*train.log_prob(tiny, asked, rows)[0].sum(1).split(2), *ref, 0.3)[0]
-    loss().backward()
-    for name in ("embed.weight", "blocks.1.up.weight", "head.weight"):
-        p = tiny.get_parameter(name)
-        d = torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
-        with torch.no_grad():
-            p += 1e-6 * d
-            up = loss()
-            p -= 2e-6 * d
-            down = loss()
-            p += 1e-6 * d
-        assert float((p.grad * d).sum()) == pytest.approx(float(up - down) / 2e-6, rel=1e-6, abs=1e-9)
+def preference_loss(model):
+    """DPO's loss of two pairs of outputs of one question, references made up."""
+    rows = [[*text.encode("3+5=8"), text.END_THINK, 9, text.EOS],
+            [*text.encode("9"), text.END_THINK, 9], text.encode("1"), [text.END_THINK, 3, text.EOS]]
+    better, worse = train.log_prob(model, [Q] * 4, rows)[0].sum(1).split(2)
+    ref_better = torch.tensor([-9.0, -8.0], dtype=torch.float64)
+    ref_worse = torch.tensor([-7.0, -9.0], dtype=torch.float64)
+    return train.dpo_loss(better, worse, ref_better, ref_worse, 0.3)[0]
+
+@pytest.mark.parametrize("name", ("embed.weight", "blocks.1.up.weight", "head.weight"))
+def test_dpo_gradient_against_finite_differences(tiny, name):
+    p, h, losses = tiny.get_parameter(name), 1e-6, []
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    grad, = torch.autograd.grad(preference_loss(tiny), p)
+    with torch.no_grad():
+        for move in (h, -2 * h):
+            p += move * direction
+            losses.append(float(preference_loss(tiny)))
+    measured = (losses[0] - losses[1]) / (2 * h)
+    assert float((grad * direction).sum()) == pytest.approx(measured, rel=1e-6, abs=1e-9)
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A checkpoint of a hardly trained model."""
-    train.train(*flags(train.Train, ["--steps=2", f"--out={tmp_path / 'base'}", *TINY]))
-    return f"--init={tmp_path / 'base' / 'ckpt.pt'}"
+def test_pairs_are_a_right_output_and_a_wrong_one_of_the_same_question():
+    """Each output at most once, none of a group that is all right or all wrong."""
+    rewards = torch.tensor([1.0, 0.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -0.5, 0.0, 1.0, 0.0])
+    assert train.pairs_of(rewards, 4) == [(0, 1), (2, 3), (10, 8)]
 
-@pytest.mark.parametrize("extra", (["--method=grpo", "--kl=0.1", "--epochs=2", "--update=2"], ["--method=dpo", "--beta=0.5"]))
+
+# ------------------------------------------------------------------------------------------- runs
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The checkpoint of a hardly trained model."""
+    out = tmp_path_factory.mktemp("base")
+    trained("--steps=2", f"--out={out}", "--layers=1", "--heads=2", "--width=16", *SMALL)
+    return out / "ckpt.pt"
+
+def weights(path):
+    return load(path)["model"]["weights"]
+
+def odd_lengths(asked, rows):
+    """A reward that a weak model gets sometimes."""
+    return torch.tensor([float(len(row) % 2) for row in rows])
+
+@pytest.mark.parametrize("extra", (["--method=grpo", "--kl=0.1", "--epochs=2", "--update=2"],
+                                   ["--method=dpo", "--beta=0.5"]))
 def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, extra):
-    run = ["--steps=4", "--group=4", "--max_new=6", "--save_every=2", base, *extra, *(f for f in TINY if "width" not in f and "layers" not in f and "heads" not in f)]
-    broken, real = tmp_path / "broken", train.rollouts
-    monkeypatch.setattr(train, "judge", lambda asked, rows: torch.tensor([float(len(r) % 2) for r in rows]))    # a reward that a weak model gets sometimes
-    train.train(*flags(train.Train, [f"--out={tmp_path / 'straight'}", *run]))
+    straight, broken, real = tmp_path / "straight", tmp_path / "broken", train.rollouts
+    args = ["--steps=4", "--group=4", "--max_new=6", "--save_every=2", f"--init={base}", *extra,
+            *SMALL]
+    monkeypatch.setattr(train, "rewards_of", odd_lengths)
+    trained(f"--out={straight}", *args)
 
-    def fails(model, questions, c, seed):
+    def failing(model, questions, c, seed):
         if seed == 3:
             raise RuntimeError("power cut")
         return real(model, questions, c, seed)
-    monkeypatch.setattr(train, "rollouts", fails)
-    with pytest.raises(RuntimeError):
-        train.train(*flags(train.Train, [f"--out={broken}", *run]))
+    monkeypatch.setattr(train, "rollouts", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trained(f"--out={broken}", *args)
+    assert load(broken / "ckpt.pt")["step"] == 2
     monkeypatch.setattr(train, "rollouts", real)
-    train.train(*flags(train.Train, [f"--out={broken}", "--resume"]))
-    a, b = (torch.load(d / "ckpt.pt", weights_only=True)["model"]["weights"] for d in (tmp_path / "straight", broken))
-    start = torch.load(tmp_path / "base" / "ckpt.pt", weights_only=True)["model"]["weights"]
-    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], start[k]) for k in a)
+    trained(f"--out={broken}", "--resume")
 
-def test_a_reward_that_says_nothing_is_said_and_training_goes_on(tmp_path, base, capsys, monkeypatch):
-    monkeypatch.setattr(train, "judge", lambda asked, rows: torch.ones(len(rows)))
-    s = train.train(*flags(train.Train, ["--method=grpo", "--steps=20", "--group=2", "--batch=2", "--max_new=2", "--questions=2", base, f"--out={tmp_path / 'run'}", "--threads=1"]))
-    assert "nothing to learn from" in capsys.readouterr().err and s["steps"] == 20
-
-def test_bad_input_is_one_line(tmp_path, base, refused):
-    out = f"--out={tmp_path / 'run'}"
-    for args, words in ((["--method=grpo"], ["--init"]), (["--method=grpo", base, "--update=17"], ["--update"]), (["--method=dpo", base, "--group=1"], ["--group"]),
-                        (["--method=grpo", base, "--batch=20"], ["--batch"]), (["--method=ppo"], ["ppo"]), ([base, "--width=32"], ["--width=32"]), (["--domains=expr,diff"], ["diff"]),
-                        (["--operands=9"], ["expr", "2, 3, 4"]), (["--style=long,loud"], ["loud"]), (["--method=grpo", "--init=nowhere.pt"], ["nowhere.pt"])):
-        refused(train, [*args, out, "--threads=1"], words)
-        assert not (tmp_path / "run").exists()
-    torch.save({"format": train.FORMAT, "encoding": "another"}, tmp_path / "foreign.pt")
-    refused(train, ["--method=grpo", f"--init={tmp_path / 'foreign.pt'}", out], ["foreign.pt"])
-    for args, words in ((["compare", "--arm=--steps=3"], ["two arms"]), (["compare", "--arm=--steps=3", "--arm=--stepz=3"], ["--stepz"]),
-                        (["compare", "--arm=--steps=3", "--arm=--steps=4", "--cells=expr:9"], ["expr:9"]), (["patch", "--cells=expr:4", "--questions=1", base.replace("--init=", "--sft=").replace("/ckpt.pt", "")], ["different answers"])):
-        refused(analyze, [*args, f"--out={tmp_path / 'x'}"], words)
+    a, b, start = (weights(path) for path in (straight / "ckpt.pt", broken / "ckpt.pt", base))
+    for name in a:
+        assert torch.equal(a[name], b[name])
+    assert any(not torch.equal(a[name], start[name]) for name in a)
 
 
-def test_a_pool_holds_the_same_questions_whatever_its_support():
-    mix = text.Mix(domains={"sum": 1}, operands={"sum": (0, 0, 1, 0)})
-    one, many = mix.limited(20, 1, 0).pool, mix.limited(20, 8, 0).pool
-    assert [q for q, _ in one] == [q for q, _ in many] and all(len(t) == 1 for _, t in one) and all(len(set(t)) == len(t) == 8 for _, t in many)
-    assert all(t[0] in u for (_, t), (_, u) in zip(one, many))
-    rng, seen = random.Random(0), set()
-    for _ in range(300):
-        e = mix.limited(20, 1, 0).sample(rng)
-        seen.add((e.question, e.think) if e.learn == "all" else (e.question,))
-    assert len({s for s in seen if len(s) == 2}) <= 20
+def test_a_reward_that_says_nothing_is_said_and_training_goes_on(tmp_path, base, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setattr(train, "rewards_of", always(torch.ones(2)))
+    summary = trained("--method=grpo", "--steps=20", "--group=2", "--max_new=2", f"--init={base}",
+                      f"--out={tmp_path / 'run'}", *SMALL[1:], "--batch=2")
+    assert "nothing to learn from" in capsys.readouterr().err
+    assert summary["steps"] == 20
 
 
-def test_compare_trains_what_is_missing_and_pairs_the_same_questions(tmp_path, capsys):
-    small = " ".join(TINY)
-    args = ["--seeds=2", "--questions=3", f"--out={tmp_path}", "--threads=1"]
-    c, _ = flags(analyze.Analyze, [f"--arm={small} --steps=2", f"--arm={small} --steps=2 | meta.py --batch=2 --steps=1", f"--arm={small} --steps=2", *args])
-    _, result = analyze.compare(c)
-    assert {"weights", "weights, cut", "theta", "context, cut"} <= {*result["numbers"]["arms"][c.arm[1]]}
-    assert len(list((tmp_path / "runs").glob("*/*/summary.json"))) == 4     # shared stages are trained once
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*/ckpt.pt")}
-    _, result = analyze.compare(c)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*/ckpt.pt")}
-    assert all(g == [0, 0, 0] for name, g in result["numbers"]["gaps"].items() if name.startswith(f"{small} --steps=2 - "))
-    analyze.plt.close("all")
+@pytest.mark.parametrize("args,words", [
+    (["--method=grpo"], ["--init"]), (["--method=grpo", "BASE", "--update=17"], ["--update"]),
+    (["--method=dpo", "BASE", "--group=1"], ["--group"]),
+    (["--method=grpo", "BASE", "--batch=20"], ["--batch"]), (["--method=ppo"], ["ppo"]),
+    (["BASE", "--width=32"], ["--width=32"]), (["--domains=expr,diff"], ["diff"]),
+    (["--operands=9"], ["expr", "2, 3, 4"]), (["--style=long,loud"], ["loud"]),
+    (["--method=grpo", "--init=nowhere.pt"], ["nowhere.pt"]),
+    (["--method=grpo", "--init=foreign.pt"], ["foreign.pt"])])
+def test_bad_input_is_one_line(tmp_path, base, refused, args, words):
+    torch.save({"format": FORMAT, "encoding": "another"}, tmp_path / "foreign.pt")
+    out, args = tmp_path / "run", [f"--init={base}" if a == "BASE" else a for a in args]
+    refused(train, [*args, f"--out={out}", "--threads=1", "--device=cpu"], words)
+    assert not out.exists()
+
+
+USED_BY = {"update=1": ["grpo"], "adv=grpo": ["grpo"], "epochs=2": ["grpo"], "eps=0.1": ["grpo"],
+           "kl=0.1": ["grpo"], "beta=0.2": ["dpo"], "group=8": ["grpo", "dpo"],
+           "max_new=32": ["grpo", "dpo"], "chunks=2": ["sft"], "style=short": ["sft"],
+           "direct=0.2": ["sft"], "cut=0.2": ["sft"], "support=2": ["sft"]}
+
+@pytest.mark.parametrize("flag", USED_BY)
+def test_a_method_refuses_the_flags_that_it_has_no_use_for(flag, exits):
+    for method in train.METHODS:
+        args = [f"--method={method}", "--init=x", "--pool=5", f"--{flag}"]
+        c, given = flags(train.Train, args)
+        if method in USED_BY[flag]:
+            train.configure(c, given)
+        else:
+            exits([f"--{flag.split('=')[0]}"], train.configure, c, given)

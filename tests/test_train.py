@@ -1,128 +1,424 @@
-"""Runs, resuming, checkpoints, bad input. Each run is tiny but real, in a process of its own as a user would start it."""
+"""The bench: flags, runs and resuming, checkpoints, optimisers, the machine, held-out questions."""
+import dataclasses
 import json
+import math
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import analyze
+import meta
 import train
 from data import arithmetic, text
-from data.flags import flags
+from lab import flags, machine, optim, score
+from lab.run import FORMAT, Run, command, load, read_log
+from model import Config, Model
 
-ROOT = Path(train.__file__).parent
-SMALL = ["--layers=2", "--heads=2", "--width=16", "--batch=8", "--questions=3", "--save_every=4", "--threads=1", "--device=cpu"]
+SMALL = ["--layers=2", "--heads=2", "--width=16", "--batch=8", "--questions=3", "--save_every=4",
+         "--threads=1", "--device=cpu"]
 
 
-def call(script, *args):
-    return subprocess.run([sys.executable, ROOT / script, *args], capture_output=True, text=True)
+def trained(*args):
+    return train.train(*flags.flags(train.Train, args))
 
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]["weights"]
+def always(value):
+    """A function that returns this value, whatever it is asked."""
+    def f(*args, **kw):
+        return value
+    return f
 
-def test_interrupted_and_resumed_equals_straight(tmp_path, refused):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    whole = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={straight}", "--steps=120", *SMALL], stdout=subprocess.DEVNULL)
-    p = subprocess.Popen([sys.executable, ROOT / "train.py", f"--out={broken}", "--steps=120", *SMALL], stderr=subprocess.PIPE, text=True,
-                         start_new_session=True)
-    log = broken / "metrics.jsonl"
-    while p.poll() is None and (not log.exists() or not (broken / "ckpt.pt").exists()):
+def numbers_of(folder):
+    """A run's log without its times."""
+    rows = read_log(folder)
+    for row in rows:
+        del row["seconds"]
+    return rows
+
+def same_weights(a, b):
+    a, b = (load(folder / "ckpt.pt")["model"]["weights"] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------- runs, resuming
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    trained(f"--out={out}", "--steps=120", *SMALL)
+    return out
+
+
+def test_interrupted_and_resumed_equals_straight(tmp_path, straight, start):
+    """Ctrl-C as a terminal sends it, to the process that makes batches as well: a checkpoint, a
+    line, exit code 130; then the same bits and log as without it."""
+    out = tmp_path / "broken"
+    p = start("train.py", f"--out={out}", "--steps=120", *SMALL, start_new_session=True)
+    while p.poll() is None and not (out / "ckpt.pt").exists():
         time.sleep(0.02)
-    os.killpg(p.pid, signal.SIGINT)                                         # as a terminal does: to the process that makes batches as well
+    os.killpg(p.pid, signal.SIGINT)
     message = p.communicate()[1]
     assert p.returncode == 130 and "--resume" in message, message
-    assert not (broken / "summary.json").exists() and torch.load(broken / "ckpt.pt", weights_only=True)["step"] < 120
-    r = call("train.py", f"--out={broken}", "--resume")
-    assert r.returncode == 0 == whole.wait(), r.stderr
-    a, b = weights(straight / "ckpt.pt"), weights(broken / "ckpt.pt")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (straight, broken)]
-    assert rows[0] == rows[1] and [r["step"] for r in rows[0]] == list(range(120))
-    before = (straight / "ckpt.pt").read_bytes()
-    refused(train, [f"--out={straight}", "--steps=120", *SMALL], ["--resume", "--overwrite"])
-    refused(train, [f"--out={straight}", "--resume", "--lr=0.5"], ["--lr=0.5"])
-    assert (straight / "ckpt.pt").read_bytes() == before
-    assert call("train.py", f"--out={straight}", "--ask=3+5*2").returncode == 0
-    for question, word in (("3+x", "'x'"), ("", "empty"), ("3+", "number"), ("2-5", "negative")):
-        refused(train, [f"--out={straight}", f"--ask={question}"], [word])
+    assert not (out / "summary.json").exists()
+    assert load(out / "ckpt.pt")["step"] < 120
+    again = start("train.py", f"--out={out}", "--resume")
+    message = again.communicate()[1]
+    assert again.returncode == 0, message
+    assert same_weights(straight, out)
+    assert numbers_of(straight) == numbers_of(out)
+    assert [row["step"] for row in numbers_of(out)] == list(range(120))
 
+
+@pytest.mark.parametrize("args,words", [
+    (["--steps=120", *SMALL], ["--resume", "--overwrite"]),
+    (["--resume", "--lr=0.5"], ["--lr=0.5"]), (["--resume", "--overwrite"], ["choose one"])])
+def test_a_run_is_not_replaced_or_changed_unasked(straight, refused, args, words):
+    before = {path: path.read_bytes() for path in straight.iterdir()}
+    refused(train, [f"--out={straight}", *args], words)
+    assert before == {path: path.read_bytes() for path in straight.iterdir()}
+
+
+def test_a_run_leaves_what_a_program_can_compare(straight):
+    names = ["ckpt.pt", "config.json", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in straight.iterdir()) == names
+    summary = json.loads((straight / "summary.json").read_text())
+    for domain, counts in score.CELLS.items():
+        assert list(summary["exact_match"][domain]) == list(map(str, counts))
+    assert summary["steps"] == 120
+    assert summary["tokens"] == sum(row["tokens"] for row in read_log(straight))
+    config = json.loads((straight / "config.json").read_text())
+    assert summary["config"] == config == load(straight / "ckpt.pt")["config"]
+    assert config["width"] == 16
+
+
+def test_asking_prints_the_checked_trajectory_and_both_answers(straight, capsys, monkeypatch):
+    args = ["train.py", f"--out={straight}", "--ask=3+5*2", "--device=cpu", "--threads=1"]
+    monkeypatch.setattr("sys.argv", args)
+    train.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "question    3+(5*2)"
+    assert lines[-2].startswith("answer ") and lines[-1].startswith("direct ")
+    assert len(lines) > 3
+    for line in lines[1:-2]:
+        assert line.split()[-1] in ("ok", "wrong")
+
+
+@pytest.mark.parametrize("question,word", [("3+x", "'x'"), ("", "empty"), ("3+", "number"),
+                                           ("2-5", "negative")])
+def test_a_question_that_cannot_be_asked_is_refused(straight, refused, question, word):
+    refused(train, [f"--out={straight}", f"--ask={question}"], [word])
+
+
+def quadratic(c, model):
+    """A loop of few steps on a loss that only shrinks the head."""
+    run = Run(c, model, [torch.optim.SGD([model.head.weight], 0.1)])
+    with run:
+        for _ in run:
+            loss = model.head.weight.square().sum()
+            loss.backward()
+            yield run
+            run.update({"loss": float(loss.detach())})
+
+def small_run(tmp_path, **kw):
+    torch.manual_seed(0)
+    c = train.Train(out=str(tmp_path / "run"), **kw)
+    return c, Model(Config(text.VOCAB, 1, 2, 16))
+
+def test_a_run_that_finishes_early_ends_as_if_all_steps_had_been_taken(tmp_path):
+    c, model = small_run(tmp_path, steps=60, save_every=50)
+    for run in quadratic(c, model):
+        if run.done == 19:
+            run.finish()
+    assert run.done == 20 == len(read_log(c.out))
+    last = load(run.checkpoint)
+    assert last["step"] == 20
+    assert torch.equal(last["model"]["weights"]["head.weight"], model.head.weight)
+
+
+def test_a_runs_rate_warms_up_stays_level_and_falls_to_zero(tmp_path):
+    c, model = small_run(tmp_path, steps=40, warmup=10, decay=0.5)
+    rates = [run.opts[0].param_groups[0]["lr"] for run in quadratic(c, model)]
+    assert rates[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert rates[10:20] == pytest.approx([0.1] * 10)
+    assert rates[20:] == pytest.approx([0.005 * (20 - i) for i in range(20)])
+
+
+def ignore(number, frame):
+    """A handler of signals."""
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_acted_on_between_two_steps(tmp_path, capsys, number, code):
+    """The step is taken and saved; whoever handled the signal before does so again."""
+    c, model = small_run(tmp_path, steps=60, save_every=50)
+    before = signal.signal(number, ignore)
+    try:
+        with pytest.raises(SystemExit) as e:
+            for run in quadratic(c, model):
+                if run.done == 6:
+                    os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is ignore
+    finally:
+        signal.signal(number, before)
+    assert e.value.code == code
+    assert "--resume" in capsys.readouterr().err
+    assert load(run.checkpoint)["step"] == 7 == len(read_log(c.out))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as e:
+        trained(f"--out={out}", "--steps=60", "--lr=1e9", "--lr_adam=1e9", *SMALL)
+    err = capsys.readouterr().err
+    assert e.value.code == 1
+    for word in ("not finite", "step", str(out / "ckpt.pt")):
+        assert word in err
+    last = load(out / "ckpt.pt")
+    assert last["step"] == len(read_log(out)) // 4 * 4 < 60
+    for weight in last["model"]["weights"].values():
+        assert weight.isfinite().all()
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+@pytest.mark.parametrize("error,words", [
+    (MemoryError(), ["--batch", "--chunks"]), (FileNotFoundError("no such file"), ["no such file"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--batch", "--chunks"])])
+def test_what_the_machine_lacks_is_a_line(error, words, exits):
+    exits(words, command, raising(error))
+
+
+def test_an_error_of_ours_is_a_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        command(raising(RuntimeError("shapes do not fit")))
+
+
+# -------------------------------------------------------------------------------- flags, bad input
 
 @pytest.mark.parametrize("module,args,words", [
-    (train, ["--stepz=3"], ["--stepz"]), (train, ["--steps=0"], ["--steps"]), (train, ["--steps=-4"], ["--steps"]),
-    (train, ["--steps=many"], ["--steps"]), (train, ["--lr=nan"], ["--lr"]), (train, ["--cut=1.5"], ["--cut"]),
-    (train, ["--style=direct"], ["--style"]), (train, ["--width=15", "--out=OUT/run"], ["width"]), (train, ["--resume", "--out=OUT/none"], ["resume"]),
-    (train, ["extra"], ["extra"]), (train, ["--ask=3+4", "--out=OUT/none"], ["no checkpoint"]),
-    (train, ["--direct=0.7", "--cut=0.7", "--out=OUT/run"], ["direct"]), (train, ["--device=cuda", "--out=OUT/run"], ["CUDA"]),
-    (train, ["--out=/dev/null/run"], ["/dev/null"]),
+    (train, ["--stepz=3"], ["--stepz"]), (train, ["--steps=0"], ["--steps"]),
+    (train, ["--steps=-4"], ["--steps"]), (train, ["--steps=many"], ["--steps"]),
+    (train, ["--steps=٣"], ["--steps"]), (train, ["--steps=1_0"], ["--steps"]),
+    (train, ["--lr=nan"], ["--lr"]), (train, ["--lr=0"], ["--lr"]),
+    (train, ["--lr=1e400"], ["--lr"]), (train, ["--cut=1.5"], ["--cut"]),
+    (train, ["--style=direct"], ["--style"]),
+    (train, ["--seed=1", "--seed=2"], ["twice"]), (train, ["--see=1"], ["--see"]),
+    (train, ["--out=--"], ["no value"]), (train, ["--out=" + "9" * 5000], ["too long"]),
+    (train, ["--width=15", "--out=run"], ["width"]),
+    (train, ["--resume", "--out=none"], ["resume"]),
+    (train, ["extra"], ["extra"]), (train, ["--ask=3+4", "--out=none"], ["no checkpoint"]),
+    (train, ["--ask=3+4", "--steps=3"], ["--steps"]), (train, ["--support=4"], ["--pool"]),
+    (train, ["--direct=0.7", "--cut=0.7", "--out=run"], ["direct"]),
+    (train, ["--out=/dev/null/run", "--device=cpu"], ["/dev/null"]),
     (analyze, ["nonsense"], ["nonsense"]), (analyze, ["curve", "--questions=0"], ["--questions"])])
 def test_bad_input_is_one_line_and_exit_code_2(module, args, words, tmp_path, refused):
-    if "--device=cuda" in args and torch.cuda.is_available():
-        pytest.skip("there is CUDA here")
-    refused(module, [a.replace("OUT", str(tmp_path)) for a in args], words)
-    assert not (tmp_path / "run").exists()
+    refused(module, args, words)
+    assert not list(tmp_path.iterdir())
 
 
-def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, capsys):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-    cases = {"text": b"hello", "empty": b""}
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save({"model": {}}, tmp_path / "other")
-    torch.save(Payload(), tmp_path / "payload")
-    torch.save({"format": train.FORMAT, "encoding": text.ENCODING.name, "model": {"shape": {"vocab": 3}, "weights": {}}}, tmp_path / "shape")
-    for name in (*cases, "other", "payload", "shape", "missing", "."):
-        with pytest.raises(SystemExit) as e:
-            train.load_model(tmp_path / name)
-        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "executed").exists() and (tmp_path / "text").read_bytes() == b"hello"
+def test_cuda_that_is_missing_is_one_line(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", always(False))
+    refused(train, ["--device=cuda"], ["CUDA"])
+    assert not list(tmp_path.iterdir())
 
+
+@pytest.mark.parametrize("module", (train, meta, analyze))
+def test_help_names_every_flag(module, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [module.__file__, "--help"])
+    with pytest.raises(SystemExit) as e:
+        module.main()
+    shown, cls = capsys.readouterr().out, getattr(module, module.__name__.capitalize())
+    assert e.value.code == 0
+    for field in dataclasses.fields(cls):
+        assert f"--{field.name}" in shown or field.name == "names"
+
+
+@dataclasses.dataclass
+class Example:
+    """Flags of every kind."""
+    steps: int = 5                  # [1, 1e3] a closed interval
+    rate: float = 0.5               # (0, 1] open below
+    kind: str = "one"               # {one, two} a choice
+    free: str = "x"                 # any text, at 100 % of its length
+    yes: bool = False               # on or off
+    many: tuple = ()                # given several times
+    names: tuple = ()               # ... words
+
+def test_a_fields_comment_says_what_its_flag_may_be():
+    c, given = flags.flags(Example, ["a", "--steps=1000", "--rate=1", "--kind=two", "--yes", "b",
+                                     "--many=p", "--many=q"])
+    assert c == Example(1000, 1.0, "two", "x", True, ("p", "q"), ("a", "b"))
+    assert set(given) == {"steps", "rate", "kind", "yes", "many", "names"}
+    assert flags.flags(Example, []) == (Example(), {})
+
+
+@pytest.mark.parametrize("arg", ("--steps=0", "--steps=1001", "--steps=1.5", "--rate=0",
+                                 "--rate=1.1", "--rate=inf", "--kind=three", "--free=", "--yes=1"))
+def test_a_value_that_the_comment_does_not_allow_is_refused(arg, exits):
+    exits([arg.split("=")[0]], flags.flags, Example, [arg])
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, exits):
+    own = {"format": FORMAT, "encoding": text.ENCODING.name}
+    contents = {
+        "other": {"model": {}}, "list": [1], "payload": Payload(tmp_path / "executed"),
+        "older": {**own, "format": "raml-arithmetic checkpoint 1"},
+        "nothing": own, "shape": {**own, "model": {"shape": {"vocab": 3}, "weights": {}}}}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text").write_bytes(b"hello")
+    (tmp_path / "empty").write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in (*contents, "text", "empty", "missing", "."):
+        exits([str(tmp_path / name)], train.load_model, tmp_path / name)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+# -------------------------------------------------------------------------------------- optimisers
 
 def test_muon_steps_along_the_nearest_orthogonal_matrix():
-    """Newton-Schulz against an SVD: same directions, singular values within the band its coefficients give."""
-    g = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = train.Muon.orthogonal(g.float()).double()
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    """Newton-Schulz against an SVD: same directions, singular values within the band that its
+    coefficients give."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(3, 8, 20, generator=generator, dtype=torch.float64)
+    x = optim.Muon.orthogonal(g.float()).double()
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
     middle = u.mT @ x @ v.mT
-    assert (middle - torch.diag_embed(middle.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
-    assert ((middle.diagonal(dim1=-2, dim2=-1) - 1).abs() < 0.35).all()
+    values = middle.diagonal(dim1=-2, dim2=-1)
+    assert (middle - torch.diag_embed(values)).abs().max() < 1e-3
+    assert ((values - 1).abs() < 0.35).all()
 
 
-def test_held_out_questions_are_the_same_for_every_model_and_never_trained_on():
-    for d, ks in train.CELLS.items():
-        for k in ks:
-            a, b = train.held_out(d, k, 40), train.held_out(d, k, 40)
-            assert a == b and len({arithmetic.canonical(q) for q in a}) == len(a)
-            assert {arithmetic.split(q) for q in a} == {"test" if k in arithmetic.TRAINED.get(d, ()) else "ood"}
+def test_muon_moves_matrices_of_any_shape_as_if_each_were_alone():
+    """Tall ones as their transposes, by sqrt(rows / columns) further."""
+    generator, lr, momentum = torch.Generator().manual_seed(0), 0.1, 0.9
+    shapes = [(8, 20), (20, 8), (8, 20), (5, 5)]
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    grads = [p.grad.clone() for p in params]
+    optim.Muon(params, lr, momentum).step()
+    for p, g in zip(params, grads):
+        rows, columns = g.shape
+        g = g.lerp((1 - momentum) * g, momentum)            # Nesterov, the momentum from zero
+        wide = g if rows <= columns else g.mT
+        u = optim.Muon.orthogonal(wide[None])[0]
+        u = u if rows <= columns else u.mT
+        expected = -lr * math.sqrt(max(1, rows / columns)) * u
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
-    r = call("train.py", f"--out={tmp_path / 'run'}", "--steps=60", "--lr=1e9", "--lr_adam=1e9", *SMALL)
-    assert r.returncode == 1 and "not finite" in r.stderr and "step" in r.stderr, r.stderr
+# ------------------------------------------------------------------------------------- the machine
+
+@pytest.mark.parametrize("args", ([], ["--preset=gpu"], ["--method=grpo", "--init=x"],
+                                  ["--method=dpo", "--init=x", "--device=cpu"]))
+def test_flags_mean_the_same_with_and_without_cuda(monkeypatch, args):
+    """CPU and CUDA train the same model on the same batches."""
+    configs = []
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", always(there))
+        configs.append(train.configure(*flags.flags(train.Train, args)))
+    assert configs[0] == configs[1]
+    assert configs[0].dtype == "float32" and configs[0].compile == "no"
 
 
-def test_nanogpts_recipe_and_training_until_a_goal(tmp_path, refused):
-    """Learned positions and LayerNorm's gains are trained, saved and loaded; a run ends at the first of its checks that reaches the goal."""
-    out = tmp_path / "gpt"
-    train.train(*flags(train.Train, [f"--out={out}", "--steps=60", "--recipe=nanogpt", "--until=0.00001", "--lr=0.003", *SMALL]))
-    s, (model, state) = json.loads((out / "summary.json").read_text()), train.load_model(out / "ckpt.pt")
-    assert s["reached"] is False and s["steps"] == 60 and model.config.gpt2 and model.head.weight is model.embed.weight
-    assert state["model"]["weights"]["blocks.0.norm1.weight"].std() > 0 and model.place.weight.std() > 0.015
-    x = torch.randint(0, 20, (1, 6))
-    assert (model(x) - model(x, pos=torch.arange(1, 7)[None])).abs().max() > 1e-4                   # positions are absolute
-    torch.testing.assert_close(model(torch.cat((x, x), 1))[:, :6], model(x))
-    always = tmp_path / "always"
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(train.arithmetic, "verify", lambda q, a: True)
-    train.train(*flags(train.Train, [f"--out={always}", "--steps=60", "--until=0.9", *SMALL]))
-    monkey.undo()
-    s = json.loads((always / "summary.json").read_text())
-    assert s["reached"] is True and s["steps"] == 20 == train.load(always / "ckpt.pt")["step"]
-    refused(train, ["--recipe=gpt", f"--out={tmp_path / 'no'}"], ["--recipe"])
-    refused(train, ["--recipe=adamw", "--init=x", f"--out={tmp_path / 'no'}"], ["--init"])
+@pytest.mark.parametrize("asked,there,got", [("auto", True, "cuda"), ("auto", False, "cpu"),
+                                             ("cpu", True, "cpu"), ("cuda", True, "cuda")])
+def test_the_device_is_the_one_asked_for(monkeypatch, asked, there, got):
+    monkeypatch.setattr(torch.cuda, "is_available", always(there))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", always(None))
+    assert machine.device_of(train.Train(device=asked)).type == got
+
+
+class Recorder:
+    """Stands in a function's place and remembers what it was called with."""
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *args, **kw):
+        self.calls.append((*args, *kw.values()))
+
+def torchrun(monkeypatch, local, devices):
+    """As in a process of a torchrun with that number, where torch finds that many CUDA devices. ->
+    what `join` calls to choose a device, and to join the others."""
+    monkeypatch.setattr(torch.cuda, "device_count", always(devices))
+    names = {"RANK": local, "LOCAL_RANK": local, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    chosen, joined = Recorder(), Recorder()
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    monkeypatch.setattr(machine.dist, "init_process_group", joined)
+    return chosen, joined
+
+@pytest.mark.parametrize("local,devices", [(1, 1), (2, 2), (5, 2)])
+def test_more_processes_than_devices_are_refused(monkeypatch, exits, local, devices):
+    chosen, joined = torchrun(monkeypatch, local, devices)
+    exits([f"process {local}", f"{devices} CUDA devices"], machine.join, True)
+    assert chosen.calls == joined.calls == []
+
+
+def test_processes_join_with_a_device_each_or_on_the_cpu(monkeypatch):
+    chosen, joined = torchrun(monkeypatch, 1, 2)
+    machine.join(True)
+    machine.join(False)
+    assert chosen.calls == [(1,)]
+    assert joined.calls == [("nccl", torch.device("cuda", 1)), ("gloo",)]
+
+
+def test_a_world_size_without_torchrun_is_refused(monkeypatch, exits):
+    _, joined = torchrun(monkeypatch, 0, 1)
+    monkeypatch.delenv("MASTER_ADDR")
+    exits(["torchrun"], machine.join, True)
+    assert joined.calls == []
+
+
+@pytest.mark.parametrize("dtype,capability,enabled", [
+    ("bfloat16", (7, 5), False), ("bfloat16", (8, 0), True), ("bfloat16", (9, 0), True),
+    ("float32", (7, 5), False), ("float32", (9, 0), False)])
+def test_bfloat16_needs_a_device_that_has_it(monkeypatch, capsys, dtype, capability, enabled):
+    """Below compute capability 8.0 forward passes stay in float32, and a line says so."""
+    autocast = Recorder()
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", always(capability))
+    monkeypatch.setattr(torch.cuda, "get_device_name", always("a device"))
+    machine.autocast(dtype, torch.device("cuda"))
+    assert autocast.calls == [("cuda", torch.bfloat16, enabled)]
+    said = capsys.readouterr().err
+    assert ("float32" in said) == (dtype == "bfloat16" and not enabled)
+
+
+def test_tf32_is_on_within_a_training_loop_on_cuda_only():
+    before = torch.get_float32_matmul_precision()
+    with machine.training_precision(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == before == "highest"
+    with pytest.raises(RuntimeError), machine.training_precision(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+
+
+# ------------------------------------------------------------------------------- held-out questions
+
+@pytest.mark.parametrize("domain", score.CELLS)
+def test_held_out_questions_are_the_same_for_every_model_and_never_trained_on(domain):
+    for k in score.CELLS[domain]:
+        questions = score.held_out(domain, k, 40)
+        assert questions == score.held_out(domain, k, 40)
+        assert len({arithmetic.canonical(q) for q in questions}) == len(questions)
+        part = "test" if k in arithmetic.TRAINED.get(domain, ()) else "ood"
+        assert {arithmetic.split(q) for q in questions} == {part}
