@@ -158,11 +158,11 @@ def prefix_nll(model, heads, trajectories, tails, width=128):
         b = i.repeat_interleave(N)                          # every token's branch ...
         n = torch.arange(N, device=device).repeat(len(i))   # ... and its place there
         end = head + b                                      # (B, w N): where its prefix ends
-        own = torch.zeros(len(b), W, dtype=torch.bool, device=device)
-        own[:, :len(b)] = (b[:, None] == b) & (n[:, None] >= n)
+        same_branch = torch.zeros(len(b), W, dtype=torch.bool, device=device)
+        same_branch[:, :len(b)] = (b[:, None] == b) & (n[:, None] >= n)
         furthest = int(head.max()) + int(i[-1])
         past = at[:furthest] < end[..., None]
-        mask = torch.cat((own.expand(B, -1, -1), past), -1)[:, None]
+        mask = torch.cat((same_branch.expand(B, -1, -1), past), -1)[:, None]
         nll = model.nll(branch.repeat(1, len(i)), target.repeat(1, len(i)), pos=end + n,
                         cache=cache, mask=mask, slot=slice(0, len(b)))
         chunks.append(nll.view(B, len(i), N).sum(-1))
@@ -318,7 +318,7 @@ def cosines(model, inner, trials):
     trials: (question, trajectory of the explicit update, of the implicit one). Neither matrix is
     built: with dW = -alpha X^T D and z^T p, the inner product is -(z X^T)(D p), and the norms
     follow from X X^T and D D^T. -> {layer: list}, where both are not zero."""
-    found = {}
+    by_layer = {}
     for q, for_weights, for_context in trials:
         fast, _ = meta.adapted(model, inner, [tasks.Task(q, [for_weights])])
         patches = exact_patches(model, *as_ids([q], [for_context])).patches
@@ -332,8 +332,8 @@ def cosines(model, inner, trials):
             explicit = ((X @ X.T) * (D @ D.T)).sum().clamp(min=0).sqrt()
             norm = explicit * p.norm() * z.norm()
             if norm > 0:
-                found.setdefault(name, []).append(float(-(X @ z) @ (D @ p) / norm))
-    return found
+                by_layer.setdefault(name, []).append(float(-(X @ z) @ (D @ p) / norm))
+    return by_layer
 
 
 # -------------------------------------------------------------- planes through theta (Algorithm 4)
@@ -341,15 +341,15 @@ def cosines(model, inner, trials):
 def directions(model, seed):
     """Two random directions of every matrix in the blocks, each row scaled to the norm of the
     weights' row ("per filter", 1712.09913) -> [{layer: (out, in)}]."""
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, planes = torch.Generator().manual_seed(seed), []
     for _ in range(2):
         plane = {}
         for name, path in meta.linear_layers(model).items():
             W = model.get_parameter(path).detach()
             d = torch.randn(W.shape, generator=generator).to(W)
             plane[name] = d * W.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)
-        found.append(plane)
-    return found
+        planes.append(plane)
+    return planes
 
 def step_along(d, x):
     """What a direction adds to a layer's outputs for inputs x (B, T, in) -> (B, T or n, out).
@@ -380,8 +380,8 @@ def surface(model, ids, targets, plane, points, fast=None, size=1024, **kw):
                     move = at[:, k, None, None] * step_along(d[name], x)
                     y = torch.cat((y[:, :-n], y[:, -n:] + move), 1)
             return y
-        own = {key: v[i:i + size] for key, v in kw.items()}
-        losses.append(row_loss(model, ids[i:i + size], targets[i:i + size], hook=hook, **own))
+        chunk = {key: v[i:i + size] for key, v in kw.items()}
+        losses.append(row_loss(model, ids[i:i + size], targets[i:i + size], hook=hook, **chunk))
     return torch.cat(losses)
 
 def principal(path):

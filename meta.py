@@ -165,11 +165,11 @@ def adapt(model, inner, pairs, G, steps=None, order=2, local=False):
     with torch.enable_grad():
         for targets in steps or [pairs[0][1]] * inner.K:
             fast.tape, loss = {}, 0.0
-            for j, (ids, own) in enumerate(pairs):
+            for j, (ids, pair_targets) in enumerate(pairs):
                 detach = torch.ones_like(ids, dtype=torch.bool) if local else None
                 h = model(ids, hook=fast, plain_from=plain_from, detach=detach)
                 at_theta = h if at_theta is None else at_theta
-                loss = loss + inner.loss(model, h, own if j else targets)
+                loss = loss + inner.loss(model, h, pair_targets if j else targets)
             fast.steps.append(keys_and_values(fast, loss, order))
     fast.tape = None
     return fast, at_theta
@@ -202,9 +202,9 @@ def theta_prime(model, inner, pairs, steps=None, create_graph=True):
     theta = {paths[n]: model.get_parameter(paths[n]) for n in inner.names}
     for k, targets in enumerate(steps or [pairs[0][1]] * inner.K):
         loss = 0.0
-        for j, (ids, own) in enumerate(pairs):
+        for j, (ids, pair_targets) in enumerate(pairs):
             h = functional_call(model, theta, (ids,), {"plain_from": inner.lowest})
-            loss = loss + inner.loss(model, h, own if j else targets)
+            loss = loss + inner.loss(model, h, pair_targets if j else targets)
         grads = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph)
         theta = {path: w - inner.rate(name, k) * g
                  for name, (path, w), g in zip(inner.names, theta.items(), grads)}
@@ -303,11 +303,11 @@ def meta_steps(c, model, inner, learned, run):
     for i in run:
         order = 1 if first_order or i < c.first_order * c.steps else 2
         tasks = sorted(tasks_at(i, c), key=length)
-        own, sizes = tasks[RANK::WORLD], sizes_of(tasks)
+        share, sizes = tasks[RANK::WORLD], sizes_of(tasks)
         total = {"L_q": 0.0, "joint": 0.0}
-        size = max(1, math.ceil(len(own) / c.chunks))
-        for j in range(0, len(own), size):
-            loss, numbers = meta_loss(model, inner, c, own[j:j + size], device, order, sizes)
+        size = max(1, math.ceil(len(share) / c.chunks))
+        for j in range(0, len(share), size):
+            loss, numbers = meta_loss(model, inner, c, share[j:j + size], device, order, sizes)
             loss.backward()
             total = {k: total[k] + v for k, v in numbers.items()}
         total = machine.together(everything, total)
@@ -423,8 +423,8 @@ def trial(q, others, condition, rng):
         early = condition.endswith("early")
         if early and q.operands == 2:
             return None
-        found = arithmetic.corrupt(q, rng, rng.randrange(q.operands - 2) if early else -1)
-        return found and (";".join(found[0]), found[1])
+        slip = arithmetic.corrupt(q, rng, rng.randrange(q.operands - 2) if early else -1)
+        return slip and (";".join(slip[0]), slip[1])
     if condition == "other":
         steps, implied = arithmetic.steps(another(q, others, rng), rng)
         return ";".join(steps), implied
@@ -436,14 +436,14 @@ def another(q, questions, rng):
     """One of the questions with another answer."""
     return rng.choice([o for o in questions if o.answer != q.answer])
 
-def outcomes(model, inner, questions, condition, mode="whole", seed=0, own=None):
+def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=None):
     """Answers under a condition -> {theta, theta_prime, in_context: list of bool, right or not;
     implied, implied_in_context: what the trajectory implies, where that differs from the truth}.
 
-    `own`: the trajectories that the model wrote itself. {} if there is no trial."""
+    written: the trajectories that the model wrote itself, for `own`. {} if there is no trial."""
     rng = random.Random(f"{seed}/{questions[0].text}/{condition}")
     if condition == "own":
-        trials = [(q, (t, "")) for q, t in zip(questions, own) if t and text.plain(t)]
+        trials = [(q, (t, "")) for q, t in zip(questions, written) if t and text.plain(t)]
     else:
         trials = [(q, trial(q, questions, condition, rng)) for q in questions]
         trials = [(q, t) for q, t in trials if t]
@@ -469,8 +469,8 @@ def meta_test(model, inner, cells, n, mode="whole", seed=0):
     for domain, counts in cells.items():
         for k in counts:
             qs = score.held_out(domain, k, n)
-            own = [t for t, _ in score.respond(model, qs)]
-            rows = {condition: outcomes(model, inner, qs, condition, mode, seed, own)
+            written = [t for t, _ in score.respond(model, qs)]
+            rows = {condition: outcomes(model, inner, qs, condition, mode, seed, written)
                     for condition in CONDITIONS}
             rows = {condition: row for condition, row in rows.items() if row}
             table.setdefault(domain, {})[str(k)] = rows

@@ -150,8 +150,8 @@ class Model(nn.Module):
             bias.masked_fill_(~mask, -math.inf)
         for i, block in enumerate(self.blocks):
             plain = True if plain_from is not None and i >= plain_from else None
-            own = None if cache is None else cache[i]
-            x = block(x, turn, bias, own, slot, hook, plain, detach)
+            layer_cache = None if cache is None else cache[i]
+            x = block(x, turn, bias, layer_cache, slot, hook, plain, detach)
         return self.norm(x)
 
     def logits(self, h):

@@ -132,8 +132,8 @@ def sft(c, model, mix, autocast, run):
 
 def own_rows(batch, chunks):
     """This process's share of a batch's rows in `chunks` pieces -> Batches, none without rows."""
-    own = [t[RANK::WORLD] for t in batch]           # ids, targets, pos, sample: (R / WORLD, T)
-    pieces = zip(*(t.chunk(chunks) for t in own)) if len(own[0]) else ()
+    rows = [t[RANK::WORLD] for t in batch]           # ids, targets, pos, sample: (R / WORLD, T)
+    pieces = zip(*(t.chunk(chunks) for t in rows)) if len(rows[0]) else ()
     return [text.Batch(*piece) for piece in pieces]
 
 

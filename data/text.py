@@ -112,9 +112,9 @@ class Mix(NamedTuple):
         rng, pool = random.Random(f"pool/{seed}"), []
         for i in range(size):
             q = self.question(rng)
-            own, thinks = random.Random(f"pool/{seed}/{i}"), {}
+            private, thinks = random.Random(f"pool/{seed}/{i}"), {}
             for _ in range(20 * support):
-                thinks[self.think(q, own)] = None
+                thinks[self.think(q, private)] = None
                 if len(thinks) == support:
                     break
             pool.append((q, list(thinks)))
@@ -147,8 +147,8 @@ class Batch(NamedTuple):
     def mask(self):
         """(R, 1, T, T) bool: a token sees its own sample up to itself."""
         at = torch.arange(self.ids.size(1), device=self.ids.device)
-        own = self.sample[:, :, None] == self.sample[:, None]
-        return (own & (at[:, None] >= at))[:, None]
+        same_sample = self.sample[:, :, None] == self.sample[:, None]
+        return (same_sample & (at[:, None] >= at))[:, None]
 
 def encoded(example):
     """An Example -> ids, the next token's id or IGNORE for each of them."""

@@ -28,12 +28,12 @@ FOLDER = Path(__file__).parent
 
 def known():
     """{name of an experiment: the first sentence of its docstring}."""
-    found = {}
+    names = {}
     for path in sorted(FOLDER.glob("*.py")):
         source = path.read_text()
         if re.search(r"^CLAIM = ", source, re.M):
-            found[path.stem] = " ".join(source[3:].split("\n\n")[0].split()).rstrip('"')
-    return found
+            names[path.stem] = " ".join(source[3:].split("\n\n")[0].split()).rstrip('"')
+    return names
 
 def run(name, c, device, models):
     """One experiment: its verdict, numbers and figure in OUT/figures. models: what was loaded for

@@ -79,13 +79,13 @@ def cost(log):
 def trends(logs):
     """What a method improves on its own samples: means of the first and last ten steps, a pair a
     seed."""
-    found = {}
+    trend = {}
     for key in ("reward", "preferred"):
         if key in logs[0][0]:
             values = [[line[key] for line in log] for log in logs]
-            found[key] = [[round(float(np.mean(part)), 4) for part in (v[:10], v[-10:])]
+            trend[key] = [[round(float(np.mean(part)), 4) for part in (v[:10], v[-10:])]
                           for v in values]
-    return found
+    return trend
 
 
 # -------------------------------------------------------------------------------------- training
@@ -99,8 +99,8 @@ class Stage(NamedTuple):
     def parse(self):
         """Exits 2 with a line where the script would refuse its flags: train.Train, meta.Meta."""
         script = importlib.import_module(self.module)
-        own = getattr(script, self.module.split(".")[-1].capitalize())
-        script.configure(*flags(own, self.words))
+        command_line = getattr(script, self.module.split(".")[-1].capitalize())
+        script.configure(*flags(command_line, self.words))
 
 
 def stages(c, arm, seed):

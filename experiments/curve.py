@@ -83,10 +83,10 @@ def kinds_of(q, questions, rng):
     correct = arithmetic.trajectory(q, rng)
     slip = arithmetic.corrupt(q, rng)
     other = arithmetic.trajectory(another(q, questions, rng), rng)
-    found = {"correct": correct, "other": other, "filler": "." * len(correct)}
+    thinks = {"correct": correct, "other": other, "filler": "." * len(correct)}
     if slip:
-        found["wrong"] = ";".join(slip[0])
-    return found
+        thinks["wrong"] = ";".join(slip[0])
+    return thinks
 
 
 # ----------------------------------------------------------------------------------------- judge

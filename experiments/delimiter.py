@@ -39,8 +39,8 @@ class Raw(NamedTuple):
 
 def measure(c, model):
     cell = cell_of(c)
-    own = [t for t, _ in respond(model, cell.questions)]
-    pairs = [(q, t) for q, t in zip(cell.questions, own) if "=" in t and text.plain(t)]
+    written = [t for t, _ in respond(model, cell.questions)]
+    pairs = [(q, t) for q, t in zip(cell.questions, written) if "=" in t and text.plain(t)]
     if not pairs:
         fail(f"{c.sft}: this model writes no trajectories to cut short")
     rows, early = [], []

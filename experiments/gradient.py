@@ -43,8 +43,8 @@ def measure(c, model, size=200):
             drawn = [rng.randrange(len(t)) for t in thinks]
             for j in range(0, len(qs), size):
                 part = slice(j, j + size)
-                found = increments(m, qs[part], thinks[part], drawn[part])
-                for layer, v in found.items():
+                by_layer = increments(m, qs[part], thinks[part], drawn[part])
+                for layer, v in by_layer.items():
                     mean = rows.setdefault(layer, np.zeros(len(qs)))
                     mean[part] += v / TOKENS
     return cell.title, cosines

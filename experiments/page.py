@@ -13,13 +13,13 @@ from lab.run import write
 
 def results(folder):
     """{name: what an experiment left}, in alphabetical order."""
-    found = {}
+    by_name = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text())
+            by_name[path.stem] = json.loads(path.read_text())
         except json.JSONDecodeError as e:
             fail(f"{path} is damaged: {e}")
-    return found
+    return by_name
 
 def page(folder, pictures=""):
     """The page as text; pictures: where they lie, seen from it."""

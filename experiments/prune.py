@@ -42,8 +42,8 @@ class Raw(NamedTuple):
 
 def measure(c, model):
     cell, rng = cell_of(c, "sum:5"), random.Random(f"{c.seed}/prune")
-    own = [t for t, _ in respond(model, cell.questions)]
-    pairs = [(q, t.split(";")) for q, t in zip(cell.questions, own) if one_a_step(q, t)]
+    written = [t for t, _ in respond(model, cell.questions)]
+    pairs = [(q, t.split(";")) for q, t in zip(cell.questions, written) if one_a_step(q, t)]
     if not pairs:
         fail(f"{c.sft}: this model writes no trajectories of an operation a step to shorten")
     qs, trajectories = [q for q, _ in pairs], [steps for _, steps in pairs]

@@ -89,8 +89,8 @@ def meta_by_loop(model, inner, tasks):
         h = functional_call(model, theta, (query.ids,), {"plain_from": inner.lowest})
         loss = model.score(h, query.targets).sum() / sizes.answer_tokens
         loss = loss + model.nll(support.ids, support.joint).sum() / sizes.joint_targets
-        own = gradients(model, loss)
-        total = own if total is None else [a + b for a, b in zip(total, own)]
+        part = gradients(model, loss)
+        total = part if total is None else [a + b for a, b in zip(total, part)]
     return total
 
 
@@ -233,16 +233,16 @@ def rates_of(model, device):
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     with machine.training_precision(device):
         matmul = 2 * n**3 / median_seconds(lambda: a @ b)
-        found = {f"matmul {n} x {n}, GFLOP/s": round(matmul / 1e9, 1)}
+        rates = {f"matmul {n} x {n}, GFLOP/s": round(matmul / 1e9, 1)}
         for compiled in ("no", "yes"):
             tokens, parameters = sft_rate(train.Train(compile=compiled), device)
             name = "SFT step, compiled blocks" if compiled == "yes" else "SFT step"
-            found[f"{name}, tokens a second"] = round(tokens)
-            found[f"{name}, share of that rate"] = round(tokens * 6 * parameters / matmul, 3)
+            rates[f"{name}, tokens a second"] = round(tokens)
+            rates[f"{name}, share of that rate"] = round(tokens * 6 * parameters / matmul, 3)
     prompts = [[3] * 16] * 64
     seconds = median_seconds(lambda: model.generate(prompts, -1, 48))
-    found["generation, tokens a second"] = round(64 * 48 / seconds)
-    return found
+    rates["generation, tokens a second"] = round(64 * 48 / seconds)
+    return rates
 
 
 # ------------------------------------------------------------------------- measure, judge, draw

@@ -41,7 +41,7 @@ def notes(cls):
     """{field: (what it may be, its help)} from the comments behind a dataclass's fields.
 
     What it may be: (low, high, low excluded) for a number, a list of choices, '...' or None."""
-    found = {}
+    comments = {}
     source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
     for name, comment in re.findall(r"^    (\w+): .*?# (.*)$", source, re.M):
         interval = re.match(r"([\[(])([\d.e]+), ([\d.e]+)\] ", comment)
@@ -56,8 +56,8 @@ def notes(cls):
             may, comment = "...", comment[4:]
         else:
             may = None
-        found[name] = may, comment
-    return found
+        comments[name] = may, comment
+    return comments
 
 def add(parser, field, may, note):
     """One field of the dataclass as an argument of the parser."""

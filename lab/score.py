@@ -16,13 +16,13 @@ def held_out(domain, operands, n, part=None, seed=0):
     'test' or 'ood'; default test, or ood where that applies."""
     trained = operands in arithmetic.TRAINED.get(domain, ())
     part = part or ("test" if trained else "ood")
-    rng, found = random.Random(f"{seed}/{domain}/{operands}/{part}"), {}
+    rng, questions = random.Random(f"{seed}/{domain}/{operands}/{part}"), {}
     for _ in range(20 * n):
         q = arithmetic.draw(rng, domain, operands, part)
-        found.setdefault(arithmetic.canonical(q), q)
-        if len(found) == n:
+        questions.setdefault(arithmetic.canonical(q), q)
+        if len(questions) == n:
             break
-    return list(found.values())
+    return list(questions.values())
 
 def respond(model, questions, mode="trajectory", max_new=96, **sampling):
     """Model output for Questions -> list of (trajectory text, answer text). mode: 'trajectory'

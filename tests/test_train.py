@@ -139,11 +139,16 @@ def test_a_run_that_finishes_early_ends_as_if_all_steps_had_been_taken(tmp_path)
 
 
 def test_a_runs_rate_warms_up_stays_level_and_falls_to_zero(tmp_path):
+    """Every step is taken once, at its rate, on its own gradient alone."""
     c, model = small_run(tmp_path, steps=40, warmup=10, decay=0.5)
+    expected = model.head.weight.detach().clone()
     rates = [run.opts[0].param_groups[0]["lr"] for run in quadratic(c, model)]
     assert rates[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
     assert rates[10:20] == pytest.approx([0.1] * 10)
     assert rates[20:] == pytest.approx([0.005 * (20 - i) for i in range(20)])
+    for rate in rates:
+        expected *= 1 - 2 * rate
+    torch.testing.assert_close(model.head.weight.detach(), expected, rtol=1e-4, atol=0)
 
 
 def ignore(number, frame):
@@ -257,6 +262,15 @@ def test_a_fields_comment_says_what_its_flag_may_be():
     assert flags.flags(Example, []) == (Example(), {})
 
 
+def test_help_says_what_a_flag_may_be_and_is_otherwise(capsys):
+    with pytest.raises(SystemExit):
+        flags.flags(Example, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("a closed interval, [1, 1e3] (default: 5)", "open below, (0, 1] (default: 0.5)",
+                  "--kind one|two", "at 100 % of its length (default: 'x')", "names words"):
+        assert words in shown
+
+
 @pytest.mark.parametrize("arg", ("--steps=0", "--steps=1001", "--steps=1.5", "--rate=0",
                                  "--rate=1.1", "--rate=inf", "--kind=three", "--free=", "--yes=1"))
 def test_a_value_that_the_comment_does_not_allow_is_refused(arg, exits):
@@ -275,10 +289,14 @@ class Payload:
 
 def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, exits):
     own = {"format": FORMAT, "encoding": text.ENCODING.name}
+    whole = {**own, "model": Model(Config(text.VOCAB, 1, 2, 16)).state()}
+    torch.save(whole, tmp_path / "whole")
+    train.load_model(tmp_path / "whole")
     contents = {
         "other": {"model": {}}, "list": [1], "payload": Payload(tmp_path / "executed"),
-        "older": {**own, "format": "raml-arithmetic checkpoint 1"},
-        "nothing": own, "shape": {**own, "model": {"shape": {"vocab": 3}, "weights": {}}}}
+        "older": {**whole, "format": "raml-arithmetic checkpoint 1"},
+        "encoding": {**whole, "encoding": "gpt2"}, "nothing": own,
+        "shape": {**own, "model": {"shape": {"vocab": 3}, "weights": {}}}}
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
     (tmp_path / "text").write_bytes(b"hello")
@@ -287,6 +305,17 @@ def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, exits):
     for name in (*contents, "text", "empty", "missing", "."):
         exits([str(tmp_path / name)], train.load_model, tmp_path / name)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_flipped_bit_is_found(straight, tmp_path, exits):
+    """In a weight, where torch itself would not notice."""
+    weight = load(straight / "ckpt.pt")["model"]["weights"]["embed.weight"]
+    good, number = (straight / "ckpt.pt").read_bytes(), weight[3].numpy().tobytes()
+    at = good.index(number)
+    flipped = bytes([good[at] ^ 1])
+    (tmp_path / "flipped.pt").write_bytes(good[:at] + flipped + good[at + 1:])
+    torch.load(tmp_path / "flipped.pt", weights_only=True)
+    exits(["flipped.pt", "damaged"], load, tmp_path / "flipped.pt")
 
 
 # -------------------------------------------------------------------------------------- optimisers
@@ -304,22 +333,32 @@ def test_muon_steps_along_the_nearest_orthogonal_matrix():
     assert ((values - 1).abs() < 0.35).all()
 
 
-def test_muon_moves_matrices_of_any_shape_as_if_each_were_alone():
-    """Tall ones as their transposes, by sqrt(rows / columns) further."""
-    generator, lr, momentum = torch.Generator().manual_seed(0), 0.1, 0.9
-    shapes = [(8, 20), (20, 8), (8, 20), (5, 5)]
-    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
-    grads = [p.grad.clone() for p in params]
-    optim.Muon(params, lr, momentum).step()
-    for p, g in zip(params, grads):
-        rows, columns = g.shape
-        g = g.lerp((1 - momentum) * g, momentum)            # Nesterov, the momentum from zero
-        wide = g if rows <= columns else g.mT
+def muon_alone(grads, lr, momentum):
+    """Where steps along these gradients take a matrix of zeros: Nesterov's momentum, tall matrices
+    as their transposes and by sqrt(rows / columns) further."""
+    rows, columns = grads[0].shape
+    p, m = torch.zeros(rows, columns), torch.zeros(rows, columns)
+    for g in grads:
+        m = momentum * m + (1 - momentum) * g
+        direction = momentum * m + (1 - momentum) * g
+        wide = direction if rows <= columns else direction.mT
         u = optim.Muon.orthogonal(wide[None])[0]
         u = u if rows <= columns else u.mT
-        expected = -lr * math.sqrt(max(1, rows / columns)) * u
+        p = p - lr * math.sqrt(max(1, rows / columns)) * u
+    return p
+
+def test_muon_moves_matrices_of_any_shape_as_if_each_were_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 20), (20, 8), (8, 20), (5, 5)]
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    grads = [torch.randn(3, *shape, generator=generator) for shape in shapes]
+    muon = optim.Muon(params, lr=0.1, momentum=0.9)
+    for step in range(3):
+        for p, own in zip(params, grads):
+            p.grad = own[step].clone()
+        muon.step()
+    for p, own in zip(params, grads):
+        expected = muon_alone(own, lr=0.1, momentum=0.9)
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-5)
 
 
