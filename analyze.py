@@ -33,8 +33,8 @@ TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimi
 class Analyze:
     """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
     names: tuple = ()               # ... experiments, or report; none: the tour
-    sft: str = "out/sft"            # the run of train.py to look at, trained first if it is missing
-    meta: str = "out/meta"          # the run of meta.py to look at, trained first if it is missing
+    sft: str = "out/sft"            # the run of train.py to look at; the default one is made
+    meta: str = "out/meta"          # the run of meta.py to look at; the default one is made
     uncut: str = "out/uncut"        # curve: a run with --cut=0, looked at too if it is there
     out: str = "out"                # figures go to OUT/figures, runs of comparisons to OUT/runs
     tag: str = ""                   # a suffix of the figure's name: NAME-TAG
@@ -403,25 +403,27 @@ class MetaRun(NamedTuple):
     config: dict
 
 def sft_model(c, device):
-    """The model of --sft, trained first if it is missing."""
-    folder = Path(c.sft)
-    if not (folder / "summary.json").exists():
-        half = (folder / "ckpt.pt").exists()
-        print(f"{'going on with' if half else 'training'} the model in {folder}")
-        words = [f"--out={folder}", f"--device={c.device}", *["--resume"] * half]
+    """The model of --sft; the default one is trained first if it is missing."""
+    path = Path(c.sft) / "ckpt.pt"
+    if not (Path(c.sft) / "summary.json").exists() and c.sft == Analyze.sft:
+        half = path.exists()
+        print(f"{'going on with' if half else 'training'} the model in {c.sft}")
+        words = [f"--out={c.sft}", f"--device={c.device}", *["--resume"] * half]
         train.train(*flags.flags(train.Train, words))
-    return train.load_model(folder / "ckpt.pt", device)[0]
+    model, state = train.load_model(path, device)
+    if "style" not in state["config"]:
+        fail(f"{path} is a checkpoint, but not one of train.py")
+    return model
 
 def meta_run(c, device):
-    """The run of --meta, trained first if it is missing -> MetaRun"""
-    folder = Path(c.meta)
-    if not (folder / "summary.json").exists():
-        half = (folder / "ckpt.pt").exists()
-        begin = "--resume" if half else f"--init={Path(c.sft) / 'ckpt.pt'}"
-        print(f"meta-training into {folder}")
-        words = [f"--out={folder}", f"--device={c.device}", begin]
+    """The run of --meta; the default one is trained first if it is missing -> MetaRun"""
+    path = Path(c.meta) / "ckpt.pt"
+    if not (Path(c.meta) / "summary.json").exists() and c.meta == Analyze.meta:
+        begin = "--resume" if path.exists() else f"--init={Path(c.sft) / 'ckpt.pt'}"
+        print(f"meta-training into {c.meta}")
+        words = [f"--out={c.meta}", f"--device={c.device}", begin]
         meta.meta(*flags.flags(meta.Meta, words))
-    model, inner, state = meta.load_meta(folder / "ckpt.pt", device)
+    model, inner, state = meta.load_meta(path, device)
     if state["config"]["algo"] == "none":
         fail(f"{c.meta} was trained with --algo=none: there is no theta' in it")
     return MetaRun(model, inner, state["config"])

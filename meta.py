@@ -41,7 +41,7 @@ from data.tasks import Task, sizes_of, tasks_at, tensors, without_results
 from lab import flags, machine, optim, score
 from lab.flags import fail
 from lab.machine import RANK, WORLD
-from lab.run import Run, command, prepare, provenance, write
+from lab.run import Run, command, locked, prepare, provenance, write
 from model import Linear
 
 
@@ -84,6 +84,8 @@ class Meta:
     save_every: int = 100           # [1, 1e9] meta-steps between checkpoints
     device: str = "auto"            # {auto, cpu, cuda} auto: cuda where there is one
     threads: int = 0                # [0, 1000] CPU threads, 0: as many as torch chooses
+
+    script = "meta.py"
 
     @property
     def counts(self):
@@ -329,33 +331,40 @@ def meta(c, given):
     if learned:
         opts.append(torch.optim.Adam(learned, 4 * c.lr_adam))
 
-    keeps = {c.domain: score.CELLS[c.domain]}       # can theta still think?
-    before = None if RANK else score.exact_match(model, keeps, c.questions)[0]
-    with Run(c, model, opts, inner) as run:
-        for numbers in meta_steps(c, model, inner, learned, run):
-            run.update(numbers)
-    if RANK:
-        return {}
-    after = score.exact_match(model, keeps, c.questions)[0]
+    with locked(c.out):
+        keeps = {c.domain: score.CELLS[c.domain]}   # can theta still think?
+        before = None if RANK else score.exact_match(model, keeps, c.questions)[0]
+        with Run(c, model, opts, inner) as run:
+            for numbers in meta_steps(c, model, inner, learned, run):
+                run.update(numbers)
+        if RANK:
+            return {}
+        after = score.exact_match(model, keeps, c.questions)[0]
+        summary = {"before": before, "after": after, **evaluate(c, model, inner)}
+        summary |= provenance(c, model, run)
+        write(Path(c.out) / "summary.json", summary)
+    return summary
+
+def evaluate(c, model, inner):
+    """Prints and returns what held-out questions say of theta and theta'."""
     cells = {c.domain: (*c.counts, max(c.counts) + 1)}
     tested = None if c.algo == "none" else inner
     table = score.averaged(meta_test(model, tested, cells, c.questions, c.inner))
     print(show_table(table))
-    rates = {n: [round(r, 4) for r in row.exp().tolist()]
-             for n, row in zip(inner.names, inner.log_alpha)}
-    summary = {"exact_match": table, "before": before, "after": after, "rates": rates}
-    summary |= provenance(c, model, run)
-    write(Path(c.out) / "summary.json", summary)
-    return summary
+    rates = {name: [round(r, 4) for r in row.exp().tolist()]
+             for name, row in zip(inner.names, inner.log_alpha)}
+    return {"exact_match": table, "rates": rates}
 
 def start(c, device):
-    """-> (theta from --init, trained first if that is the default and missing; its Inner)."""
-    if not Path(c.init).exists() and c.init == Meta.init:
+    """-> (theta from --init, trained first if that is the default and missing; its Inner). A run
+    that is resumed starts from its own checkpoint."""
+    path = Path(c.out) / "ckpt.pt" if c.resume else Path(c.init)
+    if not path.exists() and c.init == Meta.init:
         print("training the model to start from")
         train.train(*flags.flags(train.Train, [f"--device={c.device}"]))
-    model, state = train.load_model(c.init, device)
+    model, state = train.load_model(path, device)
     planned = state["config"].get("steps", 0)
-    if state["step"] < planned:
+    if state["step"] < planned and not c.resume:
         print(f"note: {c.init} is a run that stopped at step {state['step']} of {planned}",
               file=sys.stderr)
     torch.manual_seed(c.seed)
@@ -378,8 +387,12 @@ def load_meta(path, device="cpu"):
     model, state = train.load_model(path, device)
     if not state.get("extra") or "log_alpha" not in state["extra"]:
         fail(f"{path} is a checkpoint, but not one of meta.py")
-    inner = inner_of(model, Meta(**state["config"]), device)
-    inner.load_state_dict(state["extra"])
+    config = flags.from_file(Meta, state["config"], path)
+    try:
+        inner = inner_of(model, config, device)
+        inner.load_state_dict(state["extra"])
+    except (ValueError, RuntimeError) as e:
+        fail(f"{path} does not fit itself: {str(e).splitlines()[-1].strip()}")
     return model, inner, state
 
 
@@ -426,15 +439,19 @@ def trial(q, others, condition, rng):
         slip = arithmetic.corrupt(q, rng, rng.randrange(q.operands - 2) if early else -1)
         return slip and (";".join(slip[0]), slip[1])
     if condition == "other":
-        steps, implied = arithmetic.steps(another(q, others, rng), rng)
+        other = another(q, others, rng)
+        if other is None:
+            return None
+        steps, implied = arithmetic.steps(other, rng)
         return ";".join(steps), implied
     n = int(condition[3:] or 1) if condition.startswith("cut") else 0
     steps = arithmetic.steps(q, rng)[0]
     return (without_results(";".join(steps), n), q.answer) if n <= len(steps) else None
 
 def another(q, questions, rng):
-    """One of the questions with another answer."""
-    return rng.choice([o for o in questions if o.answer != q.answer])
+    """One of the questions with another answer; None if there is none."""
+    others = [o for o in questions if o.answer != q.answer]
+    return rng.choice(others) if others else None
 
 def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=None):
     """Answers under a condition -> {theta, theta_prime, in_context: list of bool, right or not;

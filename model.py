@@ -180,12 +180,22 @@ class Model(nn.Module):
 
     @classmethod
     def load(cls, state):
-        """The inverse of `state`. ValueError if the pieces do not fit together."""
+        """The inverse of `state`. ValueError if the pieces do not fit together, before anything of
+        their size is built."""
         try:
-            model = cls(Config(**state["shape"]))
-            model.load_state_dict(state["weights"])
-        except (KeyError, TypeError, RuntimeError) as e:
-            reason = str(e).splitlines()[0]
+            config, weights = Config(**state["shape"]), dict(state["weights"])
+            if any(type(v) is not int or v < 1 for v in asdict(config).values()):
+                raise ValueError(f"the shape {config} is not made of numbers above 0")
+            blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
+            sizes = len(blocks), *weights["embed.weight"].shape
+            if sizes != (config.layers, config.vocab, config.width):
+                raise ValueError(f"{sizes} layers, tokens and channels are not those of {config}")
+            if weights["blocks.0.up.weight"].shape[0] != config.ratio * config.width:
+                raise ValueError(f"the hidden units are not those of {config}")
+            model = cls(config)
+            model.load_state_dict(weights)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            reason = str(e).splitlines()[-1].strip()
             raise ValueError(f"these are not the weights of a model of ours: {reason}") from None
         return model
 

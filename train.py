@@ -25,7 +25,7 @@ from data import arithmetic, text
 from lab import flags, machine, optim
 from lab.flags import fail
 from lab.machine import RANK, WORLD, together
-from lab.run import Run, command, load, prepare, provenance, read_log, write
+from lab.run import Run, command, load, locked, prepare, provenance, read_log, write
 from lab.score import CELLS, exact_match, respond, show_table
 from model import Config, Model
 
@@ -72,6 +72,8 @@ class Train:
     dtype: str = "float32"          # {float32, bfloat16} of forward passes while training
     compile: str = "no"             # {no, yes} compile the blocks
     threads: int = 0                # [0, 1000] CPU threads, 0: as many as torch chooses
+
+    script = "train.py"
 
 PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000}}
 FOR_RL = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3,
@@ -246,20 +248,20 @@ METHODS = {"sft": sft, "grpo": grpo, "dpo": dpo}
 
 def train(c, given):
     """Trains by c.method, evaluates, writes c.out. -> summary"""
-    c = prepare(configure(c, given), given)
-    c = shaped_as_init(c, given)
+    c = shaped_as_init(prepare(configure(c, given), given), given)
     device, mix = machine.device_of(c), mix_of(c)
     torch.manual_seed(c.seed)
     model = new_model(c, device)
     opts = optim.optimisers(model, c.lr, c.lr_adam)
-    with Run(c, model, opts) as run:
-        autocast = machine.autocast(c.dtype, device)
-        for numbers in METHODS[c.method](c, model, mix, autocast, run):
-            run.update(numbers)
-    if RANK:
-        return {}
-    summary = evaluate(c, model) | provenance(c, model, run)
-    write(Path(c.out) / "summary.json", summary)
+    with locked(c.out):
+        with Run(c, model, opts) as run:
+            autocast = machine.autocast(c.dtype, device)
+            for numbers in METHODS[c.method](c, model, mix, autocast, run):
+                run.update(numbers)
+        if RANK:
+            return {}
+        summary = evaluate(c, model) | provenance(c, model, run)
+        write(Path(c.out) / "summary.json", summary)
     return summary
 
 def new_model(c, device):
@@ -291,7 +293,15 @@ def mix_of(c):
         counts = arithmetic.TRAINED
         mix = mix._replace(
             operands={d: [float(str(k) in asked) for k in counts[d]] for d in names})
-    return mix.limited(c.pool, c.support, c.seed) if c.pool else mix
+    if not c.pool:
+        return mix
+    mix = mix.limited(c.pool, c.support, c.seed)
+    different = {q.text: thinks for q, thinks in mix.pool}
+    each = sum(map(len, different.values())) / len(different)
+    if len(different) < 0.9 * c.pool or each < 0.9 * c.support:
+        fail(f"--pool={c.pool} --support={c.support}: there are only {len(different)} such "
+             f"questions, with {each:.1f} trajectories each")
+    return mix
 
 def evaluate(c, model):
     """Prints and returns what held-out questions say of the model."""
@@ -307,6 +317,8 @@ def evaluate(c, model):
 def configure(c, given):
     """Flags -> the config that holds: a preset's values below what was given. Exits 2 with a line
     where flags contradict each other; looks at no file."""
+    if "ask" in given:
+        check_ask(c, given)
     if c.resume:
         return c
     base = PRESETS[c.preset] if c.method == "sft" else FOR_RL
@@ -316,8 +328,6 @@ def configure(c, given):
         only = re.match(r"((?:sft|grpo|dpo)(?:, (?:sft|grpo|dpo))*): ", note)
         if only and c.method not in only[1].split(", "):
             fail(f"--{name} is for --method={only[1]}")
-    if c.ask or "ask" in given:
-        check_ask(c, given)
     if c.method == "sft":
         check_sft(c)
     else:

@@ -21,6 +21,7 @@ and six styles of trajectory: `long` (one operation a step), `short` (up to two 
 """
 import hashlib
 import random
+import signal
 from typing import NamedTuple
 
 STYLES = ("long", "short", "padded", "reflect", "filler", "direct")
@@ -438,4 +439,6 @@ def examples():
         print(f"  {'corrupt':8} {';'.join(corrupt(q, rng)[0])}")
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                  # `| head` closes our output
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     examples()

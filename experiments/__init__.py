@@ -12,7 +12,6 @@ with a CLAIM, and nothing else.
 """
 import importlib
 import inspect
-import json
 import re
 import time
 from dataclasses import asdict
@@ -30,7 +29,7 @@ def known():
     """{name of an experiment: the first sentence of its docstring}."""
     names = {}
     for path in sorted(FOLDER.glob("*.py")):
-        source = path.read_text()
+        source = path.read_text(encoding="utf-8")
         if re.search(r"^CLAIM = ", source, re.M):
             names[path.stem] = " ".join(source[3:].split("\n\n")[0].split()).rstrip('"')
     return names
@@ -52,7 +51,8 @@ def run(name, c, device, models):
     verdict, numbers = experiment.judge(experiment.measure(**given))
     result = {
         "experiment": name, "claim": experiment.CLAIM, "verdict": verdict,
-        "criterion": inspect.getdoc(experiment), "numbers": numbers, "checkpoints": checkpoints,
+        "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
+        "numbers": numbers, "checkpoints": checkpoints,
         "command": command(name, c), "config": asdict(c), "revision": revision(),
         "seconds": round(time.perf_counter() - began, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
@@ -85,7 +85,10 @@ def redraw(c):
     for path in paths:
         if not path.exists():
             fail(f"there is no {path} to draw from")
-        draw(path, json.loads(path.read_text()))
+        try:
+            draw(path, page.read(path))
+        except ValueError as e:
+            fail(f"{path} is damaged: {e}")
         print(path.with_suffix(".png"))
     if not c.names:
         poster.draw(page.results(folder)).savefig(folder / "poster.png")

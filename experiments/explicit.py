@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from analyze import cosines, curves_of, explicit_curves, others_of, untrained
+from analyze import cosines, curves_of, explicit_curves, others_of, questions_of, untrained
 from data import arithmetic
 from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, written_under, zero_line
-from lab.score import averaged, held_out
+from lab.score import averaged
 from lab.verdict import banded, interval
 from meta import CONDITIONS, meta_test, outcomes
 
@@ -61,7 +61,7 @@ def measure(c, run):
     cells = {domain: (*counts, largest + 1)}
     table = meta_test(model, inner, cells, c.questions, mode, c.seed)[domain]
 
-    rng, qs = random.Random(f"{c.seed}/explicit"), held_out(domain, largest, c.questions)
+    rng, qs = random.Random(f"{c.seed}/explicit"), questions_of(c, domain, largest)
     thinks = [arithmetic.trajectory(q, rng) for q in qs]
     others = others_of(qs, thinks, rng)
     curves = {

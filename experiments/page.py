@@ -7,8 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from lab.flags import fail
 from lab.run import write
+
+
+PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints", "command",
+         "config", "revision", "seconds")
 
 
 def results(folder):
@@ -16,15 +19,35 @@ def results(folder):
     by_name = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            by_name[path.stem] = json.loads(path.read_text())
-        except json.JSONDecodeError as e:
-            fail(f"{path} is damaged: {e}")
+            by_name[path.stem] = read(path)
+        except ValueError as e:
+            print(f"note: {path} is left out: {e}", file=sys.stderr)
     return by_name
+
+def read(path):
+    """What an experiment left. ValueError if it is damaged."""
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not set(PARTS) <= set(result):
+        raise ValueError("it is not an experiment's JSON of this version")
+    return result
 
 def page(folder, pictures=""):
     """The page as text; pictures: where they lie, seen from it."""
-    head = ["# Results", "Written by `experiments/page.py` from the JSON beside each figure."]
-    return "\n\n".join(head + [section(*r, pictures) for r in results(folder).items()]) + "\n"
+    parts, found = ["# Results"], results(folder)
+    parts.append("Written by `experiments/page.py` from the JSON beside each figure.")
+    mixed = runs_that_changed(found)
+    if mixed:
+        parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
+                     "these figures were made; each says which.")
+    return "\n\n".join(parts + [section(*row, pictures) for row in found.items()]) + "\n"
+
+def runs_that_changed(results):
+    """Folders of which figures name more than one checksum."""
+    digits = {}
+    for result in results.values():
+        for folder, checksum in result["checkpoints"].items():
+            digits.setdefault(folder, set()).add(checksum)
+    return [f"`{folder}`" for folder, found in digits.items() if len(found) > 1]
 
 def section(name, result, pictures):
     margins = [f"| {what} | {mean:.3g} [{low:.3g}, {high:.3g}] |"

@@ -26,7 +26,7 @@ from data import text
 from experiments.arms import cost, train_arms
 from lab import flags, machine, optim
 from lab.figure import COLOURS, INK, panels
-from lab.run import Run, checksum, command, prepare, provenance, read_log, write
+from lab.run import Run, checksum, command, locked, prepare, provenance, read_log, write
 from lab.score import held_out, right
 from model import Config, Model
 
@@ -48,6 +48,8 @@ class Race(train.Train):
     until: float = 0.95             # [0, 1] share of validation questions that ends the run
     out: str = "out/race"           # the folder of the run
     questions: int = 200            # [1, 1e5] validation questions, 4 operands, first domain
+
+    script = "-m experiments.race"
 
 DEFAULTS = {"ours": {}, "adamw": {"lr": 0.003}, "nanogpt": {"lr": 0.001, "warmup": 100}}
 
@@ -106,18 +108,19 @@ def race(c, given):
     goal = held_out(c.domains.split(",")[0], 4, c.questions, "val")
     rate = cosine if c.recipe == "nanogpt" else optim.linear
     reached = False
-    with Run(c, model, optimisers(c, model), rate=rate) as run:
-        autocast = machine.autocast(c.dtype, device)
-        for numbers in train.sft(c, model, train.mix_of(c), autocast, run):
-            if c.recipe == "nanogpt":
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            run.update(numbers)
-            if run.done % max(20, c.steps // 40) == 0 or run.done == c.steps:
-                reached = np.mean(right(model, goal)) >= c.until
-            if reached:
-                run.finish()
-    summary = {"reached": bool(reached)} | provenance(c, model, run)
-    write(Path(c.out) / "summary.json", summary)
+    with locked(c.out):
+        with Run(c, model, optimisers(c, model), rate=rate) as run:
+            autocast = machine.autocast(c.dtype, device)
+            for numbers in train.sft(c, model, train.mix_of(c), autocast, run):
+                if c.recipe == "nanogpt":
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                run.update(numbers)
+                if run.done % max(20, c.steps // 40) == 0 or run.done == c.steps:
+                    reached = np.mean(right(model, goal)) >= c.until
+                if reached:
+                    run.finish()
+        summary = {"reached": bool(reached)} | provenance(c, model, run)
+        write(Path(c.out) / "summary.json", summary)
     return summary
 
 def configure(c, given):

@@ -10,6 +10,7 @@ three, and `names` the words that belong to no flag. The rest of the comment is 
 import argparse
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import fields, is_dataclass
@@ -74,15 +75,33 @@ def add(parser, field, may, note):
         parser.add_argument(f"--{field.name}", type=kind, choices=choices, help=text,
                             metavar="|".join(choices) if choices else field.type.__name__)
 
-def refuse(name, v, may):
-    """A value that its field's comment does not allow."""
+def fault(v, may):
+    """What is wrong with a value that its field's comment does not allow, or None."""
     if isinstance(v, str) and not 0 < len(v) < 1000:
-        fail(f"--{name} is {'too long' if v else 'empty'}")
+        return "is too long" if v else "is empty"
     if isinstance(may, tuple):
         low, high, excluded = may
         if not math.isfinite(v) or not low <= v <= high or excluded and v == low:
             bracket = "(" if excluded else "["
-            fail(f"--{name}={v} is out of range: {bracket}{low:g}, {high:g}]")
+            return f"is out of range: {bracket}{low:g}, {high:g}]"
+    if isinstance(may, list) and v not in may:
+        return f"is none of {', '.join(may)}"
+    return None
+
+def from_file(cls, config, path):
+    """A config that a file holds -> an instance of cls, checked as a command line is."""
+    comments = notes(cls)
+    if not isinstance(config, dict) or set(config) != {f.name for f in fields(cls)}:
+        fail(f"{path} is not a run of {cls.script} in this version")
+    for field in fields(cls):
+        v = config[field.name]
+        if type(v) is not field.type and not (field.type is float and type(v) is int):
+            wrong = f"is no {field.type.__name__}"
+        else:
+            wrong = v != field.default and fault(v, comments[field.name][0])
+        if wrong:
+            fail(f"{path} holds a config whose {field.name} {wrong}")
+    return cls(**config)
 
 def flags(cls, argv=None, epilog=""):
     """argv -> (an instance of the dataclass cls, {name: value} of what argv gave). Exits 2 with a
@@ -92,7 +111,7 @@ def flags(cls, argv=None, epilog=""):
         if a.endswith("=--"):                       # argparse takes it for the end of the flags
             fail(f"{a}: -- is no value")
     parser = Parser(
-        usage="python %(prog)s --flag=value ...", description=inspect.cleandoc(cls.__doc__),
+        usage="python %(prog)s --flag=value ...", description=inspect.cleandoc(cls.__doc__ or ""),
         epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     comments = notes(cls)
@@ -107,6 +126,10 @@ def flags(cls, argv=None, epilog=""):
     for name, v in given.items():
         if isinstance(v, list):
             given[name] = tuple(v)
-        else:
-            refuse(name, v, comments[name][0])
+            continue
+        wrong = fault(v, comments[name][0])
+        if wrong:
+            fail(f"--{name} {wrong}" if isinstance(v, str) else f"--{name}={v} {wrong}")
+        if isinstance(v, str) and v.startswith("~"):
+            given[name] = os.path.expanduser(v)
     return cls(**given), given

@@ -23,6 +23,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 def device_of(c):
     """Resolves --device, sets --threads, joins the other processes of a torchrun. Exits 2 with a
     line where a device is missing."""
+    if RANK and WORLD == 1:
+        fail("RANK is set without WORLD_SIZE: start several processes with torchrun")
     keep_freed_memory()
     if c.threads:
         torch.set_num_threads(c.threads)

@@ -7,7 +7,9 @@ checkpoints, resuming, signals. The loop itself stays with the reader:
             run.update(numbers)             # optimisers, a line of the log
 
 A signal is acted on between two steps: a checkpoint, a line on how to go on, exit code 130 or 143.
+A second one ends the process at once.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -17,16 +19,21 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                                 # not on Windows: no locks there
+    fcntl = None
+
 from data import text
 from lab import machine
-from lab.flags import fail
+from lab.flags import fail, from_file
 from lab.machine import RANK, WORLD
 from lab.optim import linear
 
@@ -41,7 +48,8 @@ def write(path, data):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(data if isinstance(data, str) else json.dumps(data, indent=1) + "\n")
+    content = data if isinstance(data, str) else json.dumps(data, indent=1) + "\n"
+    part.write_text(content, encoding="utf-8")
     os.replace(part, path)
 
 def save(path, **state):
@@ -62,9 +70,12 @@ def load(path, device="cpu"):
     """A checkpoint written by `save` -> dict. Exits 2 with a line that says what is wrong.
 
     Nothing in the file is executed, and every record of it is held against its checksum first,
-    which torch itself does not do."""
+    which torch itself does not do. Records are stored plainly: one that unpacks to more than it
+    takes on disk is not ours."""
     try:
         with zipfile.ZipFile(path) as z:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in z.infolist()):
+                fail(f"{path} has compressed records: it was not written by this project")
             broken = z.testzip()
         if broken:
             fail(f"{path} is damaged ({broken} does not match its checksum)")
@@ -76,6 +87,9 @@ def load(path, device="cpu"):
     expected = {"format": FORMAT, "encoding": text.ENCODING.name}
     if not isinstance(state, dict) or any(state.get(k) != v for k, v in expected.items()):
         fail(f"{path} is not a checkpoint of this version of this project")
+    for name, kind in {"model": dict, "step": int, "config": dict}.items():
+        if not isinstance(state.get(name), kind):
+            fail(f"{path} has no {name}, which a checkpoint of this project has")
     return state
 
 def checksum(path):
@@ -94,8 +108,17 @@ def revision():
         return "unknown"
 
 def read_log(folder):
-    """A run's log -> a dict a step."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """A run's log -> a dict a step. Exits 2 with a line where it is damaged."""
+    path, rows = Path(folder) / "metrics.jsonl", []
+    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict) or row.get("step") != i:
+            fail(f"line {i + 1} of {path} is damaged")
+        rows.append(row)
+    return rows
 
 def provenance(c, model, run):
     """What every summary says of how it came about."""
@@ -119,31 +142,61 @@ def prepare(c, given):
         if (out / "config.json").exists() and not c.overwrite:
             fail(f"{out} already holds a run: add --resume to go on with it, --overwrite to "
                  "replace it, or choose another --out")
+        if c.init and Path(c.init).resolve().parent == out.resolve():
+            fail(f"--init={c.init} lies in --out={c.out}, and would be overwritten")
         return c
     if not (out / "ckpt.pt").exists():
         fail(f"there is nothing to resume in {out}")
-    before = load(out / "ckpt.pt")["config"]
-    if set(before) != {f.name for f in fields(c)}:
-        fail(f"{out} is not a run of this script in this version")
-    free = {"device", "threads"} & set(given)       # another thread count rounds differently
+    before = from_file(type(c), load(out / "ckpt.pt")["config"], out / "ckpt.pt")
+    # Another number of threads rounds differently; a smaller rate is what a diverged run needs.
+    free = {k for k in ("device", "threads") if k in given}
+    free |= {k for k in ("lr", "lr_adam") if k in given and getattr(c, k) < getattr(before, k)}
     for k in set(given) - free - {"resume", "overwrite", "out"}:
-        if before[k] != getattr(c, k):
-            fail(f"--{k}={getattr(c, k)} differs from the {before[k]} that the run in {out} was "
-                 "started with")
+        if getattr(before, k) != getattr(c, k):
+            fail(f"--{k}={getattr(c, k)} differs from the {getattr(before, k)} that the run in "
+                 f"{out} was started with")
     changed = {k: getattr(c, k) for k in free}
-    return type(c)(**{**before, **changed, "resume": True, "overwrite": False, "out": c.out})
+    return replace(before, **changed, resume=True, overwrite=False, out=c.out)
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds a run's folder for this process, which may die at any time. Exits 2 with a line where
+    another one holds it."""
+    if RANK or fcntl is None:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        fail(f"another process is at work in {folder}: wait for it, or choose another --out")
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 def command(main):
     """Runs a script's main. Ctrl-C outside of a Run, where there is nothing to save, files in the
     way, a full disk or memory are a line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):         # a folder's name may be beyond the terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+    except BrokenPipeError:                         # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as e:
         fail(e)
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if known or "allocate memory" in str(e):
             fail("out of memory: a smaller --batch needs less, and so do more --chunks")
+        if "DataLoader worker" in str(e):
+            fail("a process that makes batches was killed; the last checkpoint stands: go on with "
+                 "--resume")
         raise
     except KeyboardInterrupt:
         print("\nstopped; what was trained is on disk", file=sys.stderr)
@@ -167,12 +220,14 @@ class Run:
         self.device = next(model.parameters()).device
         self.start, self.done, self.seconds, self.finished = 0, 0, 0.0, False
         self.caught, self.handlers = [], {}
+        self.init = checksum(c.init) if c.init and Path(c.init).exists() else None
         self.precision = machine.training_precision(self.device)
 
     def __enter__(self):
+        rates = [group["lr"] for group in self.groups()]
         lines = self.resume() if self.c.resume else self.begin()
-        for group in self.groups():
-            group.setdefault("base", group["lr"])
+        for group, rate in zip(self.groups(), rates):
+            group["base"] = rate
         if RANK == 0:
             write(self.log_path, "".join(line + "\n" for line in lines))
         self.log = open(os.devnull if RANK else self.log_path, "a")
@@ -194,14 +249,23 @@ class Run:
     def resume(self):
         """Weights, optimisers and counts of the checkpoint. -> the log's lines up to there"""
         state = load(self.checkpoint, self.device)
-        self.model.load_state_dict(state["model"]["weights"])
-        for opt, kept in zip(self.opts, state["optimisers"]):
-            opt.load_state_dict(kept)
-        if self.extra is not None:
-            self.extra.load_state_dict(state["extra"])
+        if self.init and self.init != state.get("init"):
+            fail(f"{self.c.init} is another checkpoint than the run in {self.out} started from")
+        try:
+            self.model.load_state_dict(state["model"]["weights"])
+            for opt, kept in zip(self.opts, state["optimisers"], strict=True):
+                opt.load_state_dict(kept)
+            if self.extra is not None:
+                self.extra.load_state_dict(state["extra"])
+            self.seconds = float(state["seconds"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            fail(f"{self.checkpoint} does not fit this run: {str(e).splitlines()[-1].strip()}")
         self.start = self.done = state["step"]
-        self.seconds = state["seconds"]
-        return self.log_path.read_text().splitlines()[:self.start]
+        lines = [json.dumps(row) for row in read_log(self.out)[:self.start]]
+        if len(lines) < self.start:
+            fail(f"{self.log_path} ends after {len(lines)} steps, {self.checkpoint} after "
+                 f"{self.start}: start a new run with --init={self.checkpoint}")
+        return lines
 
     def __exit__(self, kind, error, trace):
         self.precision.__exit__(None, None, None)
@@ -260,11 +324,14 @@ class Run:
 
     def catch(self, number, _):
         self.caught.append(number)
+        signal.signal(number, signal.SIG_DFL)       # a second one ends at once
 
     def write_checkpoint(self):
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            self.refuse("a weight")
         if RANK == 0:
             self.log.flush()
-            save(self.checkpoint, model=self.model.state(), step=self.done,
+            save(self.checkpoint, model=self.model.state(), step=self.done, init=self.init,
                  optimisers=[opt.state_dict() for opt in self.opts],
                  seconds=self.seconds, config=asdict(self.c),
                  extra=None if self.extra is None else self.extra.state_dict())
@@ -278,13 +345,13 @@ class Run:
 
     def go_away(self):
         if RANK == 0:
-            script = Path(sys.argv[0]).name
-            print(f"\nstopped; go on with: python {script} --out={self.c.out} --resume",
+            print(f"\nstopped; go on with: python {self.c.script} --out={self.c.out} --resume",
                   file=sys.stderr)
         raise SystemExit(128 + self.caught[0])
 
-    def refuse(self, numbers):
-        good = f" (the last checkpoint, {self.checkpoint}, is good)" * self.checkpoint.exists()
-        print(f"error: step {self.done}: {numbers} is not finite; try a smaller --lr{good}",
-              file=sys.stderr)
+    def refuse(self, what):
+        line = f"error: step {self.done}: {what} is not finite; try a smaller --lr"
+        if self.checkpoint.exists():
+            line += f", with --resume: the last checkpoint, {self.checkpoint}, is good"
+        print(line, file=sys.stderr)
         raise SystemExit(1)
