@@ -134,8 +134,7 @@ def test_meta_gradient_equals_finite_differences_and_fomaml_fails_that_test(tiny
     assert abs(first - measured) > 1e-3 * abs(measured), (first, measured)
 
 
-def test_blocks_that_are_differentiated_twice_are_plain_where_all_others_are_fused(
-        tiny, monkeypatch):
+def test_blocks_that_are_differentiated_twice_are_plain_where_others_are_fused(tiny, monkeypatch):
     """As on CUDA, where None means fused, which has no double backward."""
     inner, tasks, fused = inner_of(tiny, 2, "1.down,2.up"), some_tasks(), []
     expected = dual_loss(tiny, inner, tasks)
@@ -146,7 +145,7 @@ def test_blocks_that_are_differentiated_twice_are_plain_where_all_others_are_fus
         return attention(q, k, v, bias, bool(plain))
     monkeypatch.setattr(theta, "attention", as_on_cuda)
     loss, _ = meta.meta_loss(tiny, inner, meta.Meta(joint=0.0), tasks)
-    assert fused == [True, False, False] * 3        # two inner steps, the query
+    assert fused[:6] == [True, False, False] * 2    # two inner steps; then the query
     loss = loss * sizes_of(tasks).answer_tokens
     close(loss, expected.sum())
     close(gradient(loss, tiny, inner), gradient(expected.sum(), tiny, inner))
@@ -304,8 +303,7 @@ def test_context_gradients_full_and_detached_differ_only_behind_the_trajectory(t
 
 
 @pytest.mark.parametrize("algo,order", [("maml", 2), ("fomaml", 1), ("anil", 2), ("none", 1)])
-def test_the_meta_objective_is_the_mean_answer_loss_and_the_mean_in_context_loss(
-        tiny, algo, order):
+def test_the_meta_objective_is_the_mean_answer_loss_and_the_mean_in_context_loss(tiny, algo, order):
     """L_q(theta'), or L_q(theta) without an inner loop, + joint * L(theta)."""
     c, inner, tasks = meta.Meta(algo=algo, joint=0.7), inner_of(tiny, 2), some_tasks()
     loss, numbers = meta.meta_loss(tiny, inner, c, tasks, order=order)
@@ -359,6 +357,40 @@ def test_parts_of_a_batch_add_up_to_it(tiny, algo):
     assert numbers == pytest.approx(same, abs=1e-12)
 
 
+class Steps:
+    """Stands for a run of some steps on a CPU."""
+    device = torch.device("cpu")
+
+    def __init__(self, n):
+        self.n = n
+
+    def __iter__(self):
+        return iter(range(self.n))
+
+@pytest.mark.parametrize("algo,orders", [("maml", [1, 1, 2, 2]), ("anil", [1, 1, 2, 2]),
+                                         ("fomaml", [1] * 4), ("reptile", [1] * 4),
+                                         ("none", [1] * 4)])
+def test_meta_steps_leave_clipped_gradients_of_the_order_that_is_due(tiny, monkeypatch, algo,
+                                                                     orders):
+    """First order throughout, or for a first share of the steps."""
+    c = meta.Meta(algo=algo, first_order=0.5, steps=4, batch=3, chunks=2, clip=0.01)
+    inner, seen, real = inner_of(tiny), [], meta.meta_loss
+    learned = [] if algo in ("none", "reptile") else [inner.log_alpha]
+
+    def meta_loss(model, inner, c, tasks, device, order, sizes):
+        seen.append((order, len(tasks), sizes.questions))
+        return real(model, inner, c, tasks, device, order, sizes)
+    monkeypatch.setattr(meta, "meta_loss", meta_loss)
+    for numbers in meta.meta_steps(c, tiny, inner, learned, Steps(4)):
+        left = flat([p.grad for p in [*tiny.parameters(), *learned]])
+        assert numbers["norm"] > 0.01
+        assert float(left.norm()) == pytest.approx(0.01, rel=1e-3)
+        tiny.zero_grad()
+        inner.zero_grad()
+    parts = [[(order, 2, 3), (order, 1, 3)] for order in orders]
+    assert seen == sum(parts, [])
+
+
 def test_tasks_are_a_function_of_seed_and_step_and_follow_their_curriculum():
     """Whole trajectories before --cut_from, a share of --cut missing results after --cut_full."""
     c = meta.Meta(batch=300, steps=100, cut=0.6, cut_from=0.1, cut_full=0.4)
@@ -370,6 +402,89 @@ def test_tasks_are_a_function_of_seed_and_step_and_follow_their_curriculum():
             verdicts = [arithmetic.check(task.question, think)[-1] for think in task.thinks]
             if task.whole:
                 assert all(verdicts)
+
+
+# -------------------------------------------------------------------------------------- meta-test
+
+def greedy(model, weights, head):
+    """Four tokens, or fewer before <eos>, of a model with these weights, without a cache."""
+    ids = list(head)
+    for _ in range(4):
+        h = functional_call(model, weights, (torch.tensor([ids]),))
+        new = int(model.logits(h[:, -1]).argmax())
+        if new == text.EOS:
+            break
+        ids.append(new)
+    return text.decode(ids[len(head):])
+
+@pytest.mark.parametrize("mode", ("whole", "step"))
+def test_answers_come_from_theta_from_theta_prime_or_from_the_context(tiny, mode):
+    """Batched and cached, against one question at a time with its weights written out."""
+    inner, tasks = inner_of(tiny, alpha=0.5), some_tasks(6)
+    expected = {"theta": [], "theta_prime": [], "in_context": []}
+    for task in tasks:
+        support, _ = tensors([task])
+        pairs, steps = [(support.ids, support.inner)], steps_of(support, inner, mode)
+        moved, q = meta.theta_prime(tiny, inner, pairs, steps), task.question.text
+        expected["theta"].append(greedy(tiny, {}, text.prompt(q, "")))
+        expected["theta_prime"].append(greedy(tiny, moved, text.prompt(q, "")))
+        expected["in_context"].append(greedy(tiny, {}, text.prompt(q, task.thinks[0])))
+    questions = [task.question for task in tasks]
+    for where, answers in expected.items():
+        thinks = [task.thinks[0] if where == "in_context" else task.thinks for task in tasks]
+        assert meta.answers(tiny, questions, thinks, inner, where, mode, size=4) == answers
+    assert expected["theta"] != expected["theta_prime"] != expected["in_context"]
+
+
+def test_trials_are_what_their_conditions_say():
+    """-> the trajectory, and the answer that it implies."""
+    rng, questions = random.Random(0), [task.question for task in some_tasks(20)]
+    for q in questions:
+        shown = {condition: meta.trial(q, questions, condition, rng)
+                 for condition in meta.CONDITIONS if condition != "own"}
+        whole, answer = shown["whole"]
+        assert answer == q.answer and all(arithmetic.check(q, whole))
+        for condition, missing in (("cut", 1), ("cut2", 2), ("cut3", 3)):
+            cut, answer = shown[condition]
+            assert answer == q.answer
+            assert cut.endswith("=") and cut.count(";") == 3 - missing
+            assert all(arithmetic.check(q, cut)[:-1])
+        other, answer = shown["other"]
+        assert answer != q.answer and other.endswith(f"={answer}")
+        for condition, sound in (("corrupted_early", (0, 1)), ("corrupted_last", (2,))):
+            wrong, answer = shown[condition]
+            assert answer != q.answer and wrong.endswith(f"={answer}")
+            assert sum(arithmetic.check(q, wrong)) in sound
+    two = arithmetic.parse("3+4")
+    assert meta.trial(two, questions, "corrupted_early", rng) is None
+    assert meta.trial(two, questions, "cut2", rng) is None
+
+
+def made_up(model, questions, thinks, inner, where, mode):
+    """In a model's place: theta knows nothing, theta' what it was told, the context the truth."""
+    if where == "theta":
+        return [""] * len(questions)
+    if where == "theta_prime":
+        return [think.rpartition("=")[2] for think in thinks]
+    return [q.answer for q in questions]
+
+def test_outcomes_are_right_answers_and_those_that_a_misleading_trajectory_implies(tiny,
+                                                                                   monkeypatch):
+    """Of eight questions; its own trajectories only where the model wrote some that can be read."""
+    questions = [task.question for task in some_tasks(8)]
+    monkeypatch.setattr(meta, "answers", made_up)
+    yes, no, inner = [True] * 8, [False] * 8, inner_of(tiny)
+    plain = {"theta": no, "theta_prime": yes, "in_context": yes}
+    assert meta.outcomes(tiny, inner, questions, "whole") == plain
+    misled = {"theta": no, "theta_prime": no, "in_context": yes, "implied": yes,
+              "implied_in_context": no}
+    assert meta.outcomes(tiny, inner, questions, "other") == misled
+    assert meta.outcomes(tiny, inner, questions, "corrupted_last") == misled
+    assert meta.outcomes(tiny, None, questions, "whole") == {"theta": no, "in_context": yes}
+    written = ["1+1=2", "", "no</think>", *["3=3"] * 5]
+    own = meta.outcomes(tiny, inner, questions, "own", written=written)
+    assert own["theta"] == [False] * 6
+    assert meta.outcomes(tiny, inner, questions, "own", written=[""] * 8) == {}
 
 
 # ------------------------------------------------------------------------------------------- runs

@@ -11,7 +11,7 @@ import train
 from data import arithmetic, text
 from lab import score
 from lab.flags import flags
-from lab.run import FORMAT, load
+from lab.run import FORMAT, load, read_log
 
 Q = arithmetic.parse("(3+5)*2-7")
 SMALL = ["--batch=8", "--questions=2", "--device=cpu", "--threads=1"]
@@ -75,6 +75,52 @@ def test_pass_at_k_and_mg_pass_at_k_are_averages_over_all_subsets(right):
                                          (28, 0.75), (31, 0.9375), (32, 1)])
 def test_mg_pass_at_8_of_32_has_the_published_values(right, value):
     assert score.mg_pass_at_k(32, right, 8) == pytest.approx(value, abs=5e-5)
+
+
+class Scripted:
+    """Stands for a model: writes these texts, behind prompts that it remembers."""
+    head = torch.nn.Linear(1, 1)
+
+    def __init__(self, *outputs):
+        self.outputs, self.prompts = list(outputs), []
+
+    def generate(self, prompts, stop, max_new, **kw):
+        self.prompts += map(text.decode, prompts)
+        rows = [self.outputs.pop(0) for _ in prompts]
+        return [text.ENCODING.encode(row, allowed_special="all") for row in rows]
+
+def test_an_output_is_a_trajectory_and_an_answer():
+    model = Scripted("3+5=8</think>9", "3+5=8", "</think>", "3</think>4</think>5")
+    outputs = score.respond(model, [Q] * 4)
+    assert outputs == [("3+5=8", "9"), ("3+5=8", ""), ("", ""), ("3", "4</think>5")]
+    assert model.prompts == [f"<bos>{Q.text}<think>"] * 4
+    model = Scripted("9", "8")
+    assert score.right(model, [Q] * 2, "direct") == [True, False]
+    assert model.prompts == [f"<bos>{Q.text}<think></think>"] * 2
+
+
+def test_sampled_outputs_are_counted_a_question():
+    """(right, a plain number at all) of each question's own n outputs, however they are batched."""
+    outputs = ["</think>9", "</think>8", "</think>09", "</think>7", "7", "</think>7"]
+    questions = [Q, arithmetic.parse("3+4")]
+    for size in (2, 4, 100):
+        counts = score.sampled(Scripted(*outputs), questions, 3, size=size)
+        assert counts == [(1, 2), (2, 2)]
+
+
+def test_exact_match_is_the_share_right_of_every_cell_and_mode():
+    cells = {"expr": (2, 5), "diff": (3,)}
+    thinking, direct = [], []
+    for domain, operands in (("expr", 2), ("expr", 5), ("diff", 3)):
+        for i, q in enumerate(score.held_out(domain, operands, 4)):
+            thinking.append(f"...</think>{q.answer if i < 3 else 'W'}")
+            direct.append(q.answer if operands == 2 else "")
+    table, mistakes = score.exact_match(Scripted(*thinking, *direct), cells, 4, size=5)
+    assert table == {"expr": {"2": {"trajectory": 0.75, "direct": 1.0},
+                              "5": {"trajectory": 0.75, "direct": 0.0}},
+                     "diff": {"3": {"trajectory": 0.75, "direct": 0.0}}}
+    q = score.held_out("expr", 2, 4)[3]                 # the others were never trained on
+    assert mistakes == [f"{q.text} -> ... -> W, but it is {q.answer}"]
 
 
 # ----------------------------------------------------------------------------------------- losses
@@ -228,6 +274,8 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, ex
     monkeypatch.setattr(train, "rollouts", real)
     trained(f"--out={broken}", "--resume")
 
+    seconds = [row["seconds"] for row in read_log(broken)]
+    assert len(seconds) == 4 and seconds == sorted(seconds)
     a, b, start = (weights(path) for path in (straight / "ckpt.pt", broken / "ckpt.pt", base))
     for name in a:
         assert torch.equal(a[name], b[name])

@@ -1,8 +1,10 @@
 """The bench: flags, runs and resuming, checkpoints, optimisers, the machine, held-out questions."""
 import dataclasses
+import itertools
 import json
 import math
 import os
+import random
 import signal
 import time
 
@@ -149,6 +151,34 @@ def test_a_runs_rate_warms_up_stays_level_and_falls_to_zero(tmp_path):
     for rate in rates:
         expected *= 1 - 2 * rate
     torch.testing.assert_close(model.head.weight.detach(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_new_run_removes_what_an_older_one_left(tmp_path):
+    """The summary of another run must not stand beside this one's weights."""
+    c, model = small_run(tmp_path, steps=3)
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("ckpt.pt", "summary.json", "metrics.jsonl"):
+        (out / name).write_text("{}\n")
+    for run in quadratic(c, model):
+        assert not (out / "ckpt.pt").exists()
+        assert not (out / "summary.json").exists()
+    assert [row["step"] for row in read_log(out)] == [0, 1, 2]
+
+
+def test_flags_say_what_questions_and_trajectories_there_are():
+    c = train.Train(domains="expr,sum", operands="3,4", direct=0.5, cut=0.5, style="short")
+    mix, rng, seen = train.mix_of(c), random.Random(0), set()
+    for _ in range(400):
+        example = mix.sample(rng)
+        q = arithmetic.parse(example.question)
+        seen.add((q.domain, q.operands, example.learn))
+        assert not set(example.think) & set(".W")
+    cells = itertools.product(("expr", "sum"), (3, 4), ("answer", "cut"))
+    assert seen == set(cells)
+    pool = train.mix_of(train.Train(pool=5, support=3, domains="sum", operands="5")).pool
+    assert [len(thinks) for _, thinks in pool] == [3] * 5
+    assert {q.operands for q, _ in pool} == {5}
 
 
 def ignore(number, frame):
@@ -308,13 +338,12 @@ def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, exits):
 
 
 def test_a_flipped_bit_is_found(straight, tmp_path, exits):
-    """In a weight, where torch itself would not notice."""
+    """In a weight, which is a number all the same."""
     weight = load(straight / "ckpt.pt")["model"]["weights"]["embed.weight"]
     good, number = (straight / "ckpt.pt").read_bytes(), weight[3].numpy().tobytes()
     at = good.index(number)
     flipped = bytes([good[at] ^ 1])
     (tmp_path / "flipped.pt").write_bytes(good[:at] + flipped + good[at + 1:])
-    torch.load(tmp_path / "flipped.pt", weights_only=True)
     exits(["flipped.pt", "damaged"], load, tmp_path / "flipped.pt")
 
 
