@@ -264,11 +264,10 @@ def meta_loss(model, inner, c, tasks, device="cpu", order=2, sizes=None):
         if local:                                   # that pass has no gradient through keys
             h = model(support.ids)
         if c.msl:                                   # MAML++: every inner step answers
-            all_steps = fast.steps
-            for k in range(1, len(all_steps)):
-                fast.steps = all_steps[:k]
+            steps = fast.steps
+            for k in range(1, len(steps)):
+                fast.steps = steps[:k]
                 loss = loss + c.msl * L_q(fast)
-            fast.steps = all_steps
     joint = joint_loss(model, c, support, h) / sizes.joint_targets
     numbers = {"L_q": loss.detach(), "joint": joint.detach()}
     return c.joint * joint + (loss if loss.requires_grad else 0), numbers

@@ -160,7 +160,7 @@ class Model(nn.Module):
 
     def score(self, h, targets, tau=1.0):
         """Negative log-likelihood (nats; Eq. 2 is its exponential) of targets (B, T) from hidden
-        states, at temperature tau, 0 where a target is negative -> (B, T)."""
+        states, at temperature tau, 0 where a target is IGNORE -> (B, T)."""
         if h.is_cuda:                               # picking the targets out would wait for the GPU
             logits = self.logits(h).flatten(0, 1) / tau
             nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")

@@ -34,7 +34,7 @@ from model import Config, Model
 class Train:
     """Training of a small transformer on synthetic arithmetic, the trajectory in context."""
     method: str = "sft"             # {sft, grpo, dpo} from given trajectories, or the model's own
-    preset: str = "tiny"            # {tiny, gpu} tiny, or a larger model and batch
+    preset: str = "tiny"            # {tiny, gpu} sft: gpu is a larger model and batch
     out: str = "out/sft"            # the folder of the run
     init: str = ""                  # a checkpoint to start from; grpo and dpo need one
     resume: bool = False            # go on with the run in --out

@@ -35,7 +35,9 @@ def decide(margins, statistic=np.mean):
     """Margins {name: numbers, above 0 where the claim holds} -> (verdict, {name: interval}).
 
     A number a question, or (seeds, questions). Supported: every 95 % interval lies above 0.
-    Refuted: one lies below. Else inconclusive."""
+    Refuted: one lies below. Else inconclusive. ValueError where there is nothing to decide on."""
+    if any(len(margin) == 0 for margin in margins.values()):
+        raise ValueError("a margin without numbers decides nothing")
     intervals = {}
     for name, margin in margins.items():
         over_seeds = np.ndim(margin) == 2

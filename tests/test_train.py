@@ -319,7 +319,7 @@ class Payload:
 
 def test_foreign_checkpoints_are_refused_and_left_alone(tmp_path, exits):
     own = {"format": FORMAT, "encoding": text.ENCODING.name}
-    whole = {**own, "model": Model(Config(text.VOCAB, 1, 2, 16)).state()}
+    whole = {**own, "model": Model(Config(text.VOCAB, 1, 2, 16)).state(), "step": 0, "config": {}}
     torch.save(whole, tmp_path / "whole")
     train.load_model(tmp_path / "whole")
     contents = {
