@@ -25,7 +25,7 @@ import zipfile
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -185,7 +185,7 @@ def process(script, words, before):
     return Ended(ended.returncode, ended.stderr.decode(errors="replace"))
 
 def hostile_process(i):
-    """The limit is for a computer that does nothing else."""
+    """3 s are a limit for a computer that does nothing else; the tests may share theirs."""
     anywhere = random.Random(i).randrange(len(hostile_lines()))
     return hostile(anywhere, process, 3 if LONG else 10)
 
@@ -337,32 +337,26 @@ def untouched(i):
 
 # ------------------------------------------------------------------------------------- the table
 
-class Row(NamedTuple):
-    what: str                       # what is done
-    attack: Callable                # i -> None, or a word or a time for the table
-    short: int                      # how often in the tests
-    long: int                       # ... with --long
-    must: str                       # what must come out
-
+# What is done, by what, how often in the tests and with --long; what must come out.
 ROWS = [
-    Row("a hostile command line of one of the three scripts", hostile, 300, 2000,
-        "one line, exit code 2, nothing written, within 2 s"),
-    Row("such a line in a process of its own", hostile_process, 3, 30, "the same, within 3 s"),
-    Row("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 12, 30,
-        "weights, optimisers and log of a run never stopped, bit for bit"),
-    Row("the same seed again", once_more, 1, 1, "the same bits"),
-    Row("SIGINT, SIGTERM", stop, 2, 2, "saved, exit codes 130, 143"),
-    Row("a full disk at the second checkpoint", full_at_checkpoint, 1, 1,
-        "one line, the first stands, and --resume comes to the same bits"),
-    Row("a full disk at the config, at the log", full_at_log, 2, 2, "one line"),
-    Row("a loss that explodes", explode, 1, 1, "one line with the step, a good checkpoint"),
-    Row("too little memory", too_little_memory, 1, 1, "one line that names --batch and --chunks"),
-    Row("a checkpoint cut short, at every sixteenth", cut_short, 16, 16, "refused"),
-    Row("a checkpoint with one bit flipped", flip, 60, 200, "refused, or nothing has changed"),
-    Row("payload, list, other version, other encoding, empty, text, raw pickle, folder, nothing",
-        no_checkpoint, 9, 9, "refused, nothing executed"),
-    Row("--resume from half a checkpoint, a second run into a folder, a file in a folder's place",
-        untouched, 3, 3, "refused, nothing touched")]
+    ("a hostile command line of one of the three scripts", hostile, 300, 2000,
+     "one line, exit code 2, nothing written, within 2 s"),
+    ("such a line in a process of its own", hostile_process, 3, 30, "the same"),
+    ("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 9, 30,
+     "weights, optimisers and log of a run never stopped, bit for bit"),
+    ("the same seed again", once_more, 1, 1, "the same bits"),
+    ("SIGINT, SIGTERM", stop, 2, 2, "saved, exit codes 130, 143"),
+    ("a full disk at the second checkpoint", full_at_checkpoint, 1, 1,
+     "one line, the first stands, and --resume comes to the same bits"),
+    ("a full disk at the config, at the log", full_at_log, 2, 2, "one line"),
+    ("a loss that explodes", explode, 1, 1, "one line with the step, a good checkpoint"),
+    ("too little memory", too_little_memory, 1, 1, "one line that names --batch and --chunks"),
+    ("a checkpoint cut short, at every sixteenth", cut_short, 16, 16, "refused"),
+    ("a checkpoint with one bit flipped", flip, 60, 200, "refused, or nothing has changed"),
+    ("payload, list, other version, other encoding, empty, text, raw pickle, folder, nothing",
+     no_checkpoint, 9, 9, "refused, nothing executed"),
+    ("--resume from half a checkpoint, a second run into a folder, a file in a folder's place",
+     untouched, 3, 3, "refused, nothing touched")]
 
 def summed_up(results):
     """Times -> the longest; words -> how often each."""
@@ -372,15 +366,15 @@ def summed_up(results):
     words = [f"{n} {word}" for word, n in Counter(results).items()]
     return f" ({', '.join(words)})" if words else ""
 
-def attempts(row, times):
-    """-> what came out of a row, and [what was lost]."""
+def attempts(attack, times):
+    """-> what the attacks returned, and [how they were lost]"""
     results, lost = [], []
     for i in range(times):
         try:
-            results.append(row.attack(i))
+            results.append(attack(i))
         except Exception as e:
-            lost.append(f"{row.what}, {i}: {e!r}")
-    return f"LOST: {len(lost)}" if lost else row.must + summed_up(results), lost
+            lost.append(f"{attack.__name__}({i}): {e!r}")
+    return results, lost
 
 def main():
     sys.path.insert(0, str(ROOT))
@@ -392,10 +386,11 @@ def main():
         os.chdir(folder)
         assert run("train", ["--out=base", "--steps=2", *SFT]).code == 0
         print("| what is done | how often | what came out |\n|---|---|---|")
-        for row in ROWS:
-            times = row.long if LONG else row.short
-            came_out, failures = attempts(row, times)
-            print(f"| {row.what} | {times} | {came_out} |", flush=True)
+        for what, attack, short, long, must in ROWS:
+            times = long if LONG else short
+            results, failures = attempts(attack, times)
+            came_out = f"LOST: {len(failures)}" if failures else must + summed_up(results)
+            print(f"| {what} | {times} | {came_out} |", flush=True)
             lost += failures
         os.chdir(ROOT)
     print("\n".join(["LOST:", *lost]) if lost else "lost: nothing")

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 
 import analyze
@@ -19,9 +18,10 @@ SMALL = ["--batch=9", "--questions=3", "--threads=1", "--device=cpu"]
 SHAPE = ["--layers=2", "--heads=2", "--width=16"]
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # In float32 rounding grows from step to step.
-DOUBLE = f"""import runpy, sys, torch
+IN_DOUBLE = f"""import runpy, sys, torch
 torch.set_default_dtype(torch.float64)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {str(ROOT)!r})
@@ -29,57 +29,120 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def begin(start, script, out, *args):
-    """Starts a run in one process, or two."""
-    command = [*start, str(script), f"--out={out}", *SMALL, *args]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def begin(*command):
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
 
-def weights(out):
-    return torch.load(out / "ckpt.pt", weights_only=True)["model"]["weights"]
+def checkpoint(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)
+
+def wait_for(p, seen):
+    """Until seen() is true, or the process ends."""
+    while p.poll() is None and not seen():
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------------ two against one
+
+def side_by_side(folder, script, args, chunks):
+    """A run of one process, in chunks, and one of two -> their folders."""
+    double = folder / "double.py"
+    double.write_text(IN_DOUBLE)
+    outs = [folder / f"{script}-{n}" for n in ("one", "two")]
+    args = [double, ROOT / script, "--steps=50", *SMALL, *args]
+    runs = [begin(*ONE, *args, f"--out={outs[0]}", f"--chunks={chunks}"),
+            begin(*TWO, *args, f"--out={outs[1]}")]
+    for p in runs:
+        _, err = p.communicate()
+        assert p.returncode == 0, err
+    return outs
 
 def assert_equal_runs(one, two, keys):
-    """50 steps, the logged numbers and the weights within 1e-5, and something was learned."""
+    """50 steps that changed something; logged numbers and weights within 1e-5."""
     a, b = read_log(one), read_log(two)
     assert len(a) == len(b) == 50
-    assert a[-1][keys[0]] != a[0][keys[0]]
+    assert a[0][keys[0]] != a[-1][keys[0]]
     for x, y in zip(a, b):
         assert all(abs(x[key] - y[key]) < 1e-5 for key in keys), (x, y)
-    u, v = weights(one), weights(two)
+    u, v = (checkpoint(out)["model"]["weights"] for out in (one, two))
     assert all((u[key] - v[key]).abs().max() < 1e-5 for key in u)
     files = sorted(path.name for path in two.iterdir())
     assert files == ["ckpt.pt", "config.json", "metrics.jsonl", "summary.json"]
 
-
 def test_two_processes_equal_one_over_50_steps(tmp_path):
-    double = tmp_path / "double.py"
-    double.write_text(DOUBLE)
-
-    def side_by_side(script, name, args, args_of_one=()):
-        """One process, and two -> their folders."""
-        outs = [tmp_path / f"{name}-{n}" for n in ("one", "two")]
-        both = [begin([*start, str(double)], ROOT / script, out, "--steps=50", *args, *more)
-                for start, out, more in zip((ONE, TWO), outs, (args_of_one, ()))]
-        for process in both:
-            _, err = process.communicate()
-            assert process.returncode == 0, err
-        return outs
-
-    one, two = side_by_side("train.py", "sft", SHAPE)
+    one, two = side_by_side(tmp_path, "train.py", SHAPE, chunks=1)
     assert_equal_runs(one, two, ("loss", "tokens"))
-    one, two = side_by_side("meta.py", "meta", [f"--init={one / 'ckpt.pt'}"], ["--chunks=2"])
+    one, two = side_by_side(tmp_path, "meta.py", [f"--init={one / 'ckpt.pt'}"], chunks=2)
     assert_equal_runs(one, two, ("L_q", "joint", "norm", "rate"))
 
 
-def ranks_of(out):
-    """{rank: pid} of the processes that run into `out`."""
+# ----------------------------------------------------------------------------- one of two killed
+
+def ranks_of(torchrun):
+    """{rank: pid} of the processes that a torchrun has started."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_text().split("\0")
-            setting = (folder / "environ").read_text().split("\0")
-        except OSError:                             # it has ended meanwhile
-            continue
-        ranks = [int(v[5:]) for v in setting if v.startswith("RANK=")]
-        if f"--out={out}" in words and ranks:
-            found[ranks[0]] = min(int(folder.name), found.get(ranks[0], 2**31))
+    for children in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            ranks = [int(v[5:]) for v in variables if v.startswith("RANK=")]
+            found.update({rank: int(pid) for rank in ranks})
     return found
+
+def kill_one(run, out, victim):
+    """Kills one of two processes once there is a checkpoint."""
+    wait_for(run, (out / "ckpt.pt").exists)
+    ranks = ranks_of(run)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[victim], signal.SIGKILL)
+
+def ended(run, out):
+    """-> how many steps a run has saved, one of whose processes was killed"""
+    _, err = run.communicate(timeout=60)
+    assert run.returncode
+    assert "error: another process of this run has ended" in err and "--resume" in err, err
+    done = checkpoint(out)["step"]
+    assert 5 <= done <= len(read_log(out))
+    return done
+
+def goes_on(run, out, done):
+    """Stops a resumed run once it has taken a step -> has it?"""
+    def further():
+        return checkpoint(out)["step"] > done
+    wait_for(run, further)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 143, err
+    return checkpoint(out)["step"] == len(read_log(out)) > done
+
+def test_killing_one_ends_the_other_with_a_clear_line_and_resume_goes_on(tmp_path):
+    outs = [tmp_path / f"victim-{rank}" for rank in (0, 1)]
+    args = ["--steps=100000", "--save_every=5", *SMALL, *SHAPE]
+    runs = [begin(*TWO, "train.py", f"--out={out}", *args) for out in outs]
+    try:
+        for rank in (0, 1):
+            kill_one(runs[rank], outs[rank], rank)
+        done = list(map(ended, runs, outs))
+        runs += [begin(*ONE, "train.py", f"--out={out}", "--resume") for out in outs]
+        assert all(map(goes_on, runs[2:], outs, done))
+    finally:
+        for run in runs:
+            run.kill()
+
+
+# --------------------------------------------------------------------- what cannot be shared out
+
+def test_what_cannot_be_shared_out_is_refused(refused, exits, monkeypatch, tmp_path):
+    for module in (train, machine):
+        monkeypatch.setattr(module, "WORLD", 2)
+    refused(train, ["--method=grpo", "--init=x", "--out=x"], ["one process", "torchrun"])
+    refused(analyze, ["curve"], ["one process", "torchrun"])
+
+    for name in BY_TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    refused(train, ["--out=x", "--device=cpu"], ["WORLD_SIZE", "torchrun"])
+    assert not list(tmp_path.iterdir())
+
+    for name in BY_TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "device_count", int)                # none
+    exits(["process 1", "0 CUDA devices"], machine.join, True)
