@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.text import IGNORE, padded
-from lab.machine import replayed
+from lab.machine import eager, replayed
 
 
 @dataclass
@@ -207,8 +207,7 @@ class Model(nn.Module):
         shape = c.layers, 2, batch, c.heads, length, c.width // c.heads
         return torch.zeros(shape, dtype=w.dtype, device=w.device)
 
-    # Shapes change with every token: compiling again costs more than it saves.
-    @torch.compiler.set_stance("force_eager")
+    @eager
     @torch.inference_mode()
     def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0,
                  generator=None, pad=0, hook=None, static=None):

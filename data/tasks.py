@@ -37,8 +37,7 @@ def tasks_at(step, c):
     share = c.cut * min(1, max(0, ramp))
     missing, tasks = [float(w) for w in c.missing.split(",")], []
     for _ in range(c.batch):
-        q = arithmetic.draw(rng, c.domain, rng.choice(c.counts))
-        thinks = [";".join(steps) for steps in arithmetic.distinct(q, rng, c.support)]
+        q, thinks = question_at(rng, c)
         whole = rng.random() >= share
         if not whole:
             n = rng.choices((1, 2, 3), missing)[0]
@@ -48,6 +47,19 @@ def tasks_at(step, c):
                 thinks[i] = cut or without_results(t, min(n, t.count("=")))
         tasks.append(Task(q, thinks, whole))
     return tasks
+
+
+def question_at(rng, c):
+    """A question and c.support distinct trajectories of it. ValueError if one question after the
+    other has too few."""
+    last = 400 // c.support
+    for attempt in range(last + 1):
+        q = arithmetic.draw(rng, c.domain, rng.choice(c.counts))
+        try:
+            return q, [";".join(steps) for steps in arithmetic.distinct(q, rng, c.support)]
+        except ValueError:                          # such as (6-(3-3))*8, which has one
+            if attempt == last:
+                raise
 
 
 # --------------------------------------------------------------------------------------- tensors

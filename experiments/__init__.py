@@ -80,7 +80,7 @@ def draw(path, result):
 
 def redraw(c):
     """The named figures of OUT/figures, or all and the poster, from their JSON."""
-    folder = Path(c.out) / "figures"
+    folder = figures(c)
     paths = [folder / f"{name}.json" for name in c.names] or sorted(folder.glob("*.json"))
     for path in paths:
         if not path.exists():
@@ -95,9 +95,14 @@ def redraw(c):
 
 def report(c):
     """OUT/report.md and the poster, from whatever stands in OUT/figures."""
+    folder = figures(c)
+    poster.draw(page.results(folder)).savefig(folder / "poster.png")
+    write(Path(c.out) / "report.md", page.page(folder, "figures/"))
+    print(f"report: {Path(c.out) / 'report.md'}")
+
+def figures(c):
+    """The folder of figures. Exits 2 with a line where there is nothing in it."""
     folder = Path(c.out) / "figures"
-    results = page.results(folder)
-    if results:
-        poster.draw(results).savefig(folder / "poster.png")
-        write(Path(c.out) / "report.md", page.page(folder, "figures/"))
-        print(f"report: {Path(c.out) / 'report.md'}")
+    if not list(folder.glob("*.json")):
+        fail(f"there is nothing in {folder} to draw from")
+    return folder

@@ -195,7 +195,7 @@ def draw_both(ax, sheets, side, top):
     without, context = (np.minimum(sheets[name], top) for name in ("without", "context"))
     ax.plot_surface(x, y, without, cmap="cividis", alpha=0.9, lw=0, vmin=0, vmax=top)
     ax.plot_wireframe(x, y, context, color=COLOURS["wrong"], lw=0.4, rcount=16, ccount=16)
-    ax.set(title="without (surface), in the context (wires)", zlim=(0, top), zlabel="$L_q$ (nats)",
+    ax.set(title="$L_q$ without (surface), in the context (wires)", zlim=(0, top),
            xlabel="direction 1", ylabel="direction 2")
     ax.view_init(22, -60)
 

@@ -39,7 +39,12 @@ def page(folder, pictures=""):
     if mixed:
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
                      "these figures were made; each says which.")
-    return "\n\n".join(parts + [section(*row, pictures) for row in found.items()]) + "\n"
+    parts += [section(*row, pictures) for row in found.items()]
+    attack = Path(folder) / "robust.md"
+    if attack.exists():
+        parts += ["## robust", "`python tests/robust.py --long`, an attack on runs and files:",
+                  attack.read_text(encoding="utf-8").strip()]
+    return "\n\n".join(parts) + "\n"
 
 def runs_that_changed(results):
     """Folders of which figures name more than one checksum."""

@@ -24,9 +24,12 @@ from lab.verdict import decide, interval
 from meta import answers
 
 CLAIM = "Fig. 11: a long trajectory has a short equivalent"
-WAYS = {
-    "own": COLOURS["correct"], "oracle short": COLOURS["theta"],
-    "least change": COLOURS["weights"], "random": COLOURS["other"], "truncated": COLOURS["wrong"]}
+WAYS = {                                    # {way: (label, colour)}
+    "least change": ("least change deleted", COLOURS["weights"]),
+    "random": ("a random one deleted", COLOURS["other"]),
+    "truncated": ("the last deleted", COLOURS["wrong"]),
+    "own": ("whole, the model's own", COLOURS["correct"]),
+    "oracle short": ("the oracle's short one", COLOURS["theta"])}
 
 
 # --------------------------------------------------------------------------------------- measure
@@ -124,11 +127,13 @@ def margins(right):
 def draw(numbers):
     fig, ((right, cut, loss),) = panels(1, 3, width=4, heights=[3.5])
     for ax, key, suffix in ((right, "right", ""), (cut, "right", ", cut"), (loss, "L_hat", "")):
-        for way, colour in WAYS.items():
+        for way, (label, colour) in WAYS.items():
             rows = [p for p in numbers["points"] if p["way"] == way + suffix]
             rows.sort(key=steps_left)
             if rows:
-                whiskers(ax, [p["tokens"] for p in rows], [p[key] for p in rows], colour, label=way)
+                size = 6 if len(rows) == 1 else 3
+                whiskers(ax, [p["tokens"] for p in rows], [p[key] for p in rows], colour,
+                         label=label, ms=size)
         ax.set(xlabel="tokens of the trajectory", xlim=(-1.5, None))
     right.set(ylabel="share right", ylim=(-0.03, 1.05), title=numbers["title"])
     cut.set(ylabel="share right", ylim=(-0.03, 1.05), title="last result cut off")

@@ -43,7 +43,7 @@ def mosaic(layout, size, **options):
 
 def band(ax, summary, colour, label=None, style="-", x=FRACTION):
     """A mean curve with its interval, by default over the fraction of the trajectory read."""
-    ax.plot(x, summary["mean"], style, color=colour, label=label)
+    ax.plot(x, summary["mean"], style, color=colour, label=label, ms=3)
     ax.fill_between(x, summary["low"], summary["high"], color=colour, alpha=0.2, lw=0)
 
 def written_under(ax, tokens, values, colour, label=None):

@@ -6,6 +6,7 @@ and compiled blocks.
 """
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 
@@ -109,6 +110,17 @@ def compile_blocks(model):
     torch._functorch.config.recompute_views = True
     for block in model.blocks:
         block.compile(dynamic=True)
+
+def eager(f):
+    """Decorates a function whose shapes change with every token: compiling for each of them would
+    cost more than it saves."""
+    @functools.wraps(f)
+    def call(*args, **kw):
+        if "torch._dynamo" not in sys.modules:      # nothing is compiled, and it takes a second
+            return f(*args, **kw)
+        with torch.compiler.set_stance("force_eager"):
+            return f(*args, **kw)
+    return call
 
 SIDE = []                                           # the one stream that graphs are recorded on
 

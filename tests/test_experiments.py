@@ -276,3 +276,21 @@ def test_patch_refuses_reduced_precision(tiny, capsys):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert error.value.code == 2 and "full float32" in capsys.readouterr().err
+
+def test_an_arm_that_starts_from_other_weights_is_another_run(tmp_path):
+    c, base = analyze.Analyze(out=str(tmp_path)), tmp_path / "base.pt"
+    folders = []
+    for content in (b"one", b"two", b"one"):
+        base.write_bytes(content)
+        folders.append(arms.stages(c, f"--init={base} --steps=2", 0)[0].folder)
+    assert folders[0] != folders[1] and folders[0] == folders[2]
+
+def test_the_page_says_where_its_figures_are_of_different_weights(tmp_path):
+    result = {"experiment": "x", "claim": "c", "verdict": "v", "criterion": "", "numbers": {},
+              "command": "", "config": {"questions": 1, "seeds": 1}, "revision": "", "seconds": 1}
+    for name, digits in (("a", "1"), ("b", "1"), ("c", "2")):
+        text = json.dumps({**result, "checkpoints": {"out/sft": digits}})
+        (tmp_path / f"{name}.json").write_text(text)
+    assert "`out/sft` had other weights" in page.page(tmp_path)
+    (tmp_path / "c.json").unlink()
+    assert "other weights" not in page.page(tmp_path)
