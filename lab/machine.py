@@ -177,11 +177,16 @@ def made_ahead(batches, steps, device):
     cuda = device.type == "cuda"
     workers = min(15, os.cpu_count() - 1) if cuda else 1
     loader = DataLoader(batches, sampler=steps, batch_size=None, num_workers=workers,
-                        pin_memory=cuda, worker_init_fn=leave_the_terminal)
+                        pin_memory=cuda, worker_init_fn=keep_out)
     for batch in loader:
         yield type(batch)(*(t.to(device, non_blocking=True) for t in batch))
 
-def leave_the_terminal(worker):
-    """Ctrl-C is for the process that can save, not for one that makes batches."""
+HELD = []                                           # open files that lock a run's folder
+
+def keep_out(worker):
+    """Ctrl-C is for the process that can save, not for one that makes batches; nor must a lock
+    outlive that one."""
     if hasattr(os, "setsid"):
         os.setsid()
+    for handle in HELD:
+        os.close(handle)

@@ -172,9 +172,11 @@ def locked(folder):
     except BlockingIOError:
         os.close(handle)
         fail(f"another process is at work in {folder}: wait for it, or choose another --out")
+    machine.HELD.append(handle)
     try:
         yield
     finally:
+        machine.HELD.remove(handle)
         os.close(handle)
 
 def command(main):

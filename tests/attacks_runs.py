@@ -86,13 +86,6 @@ def too_little_memory(_):
     large = ["--layers=2", "--heads=2", "--width=64", "--batch=10000", *SMALL]
     refused(run("train", ["--out=huge", "--steps=1", *large], before), "--batch", "--chunks")
 
-def diverged(_):
-    """The run of `explode`, with the rates that its line asks for."""
-    weights = state_of("wild")["model"]["weights"]
-    assert all(w.isfinite().all() for w in weights.values())
-    ended = run("train", ["--out=wild", "--resume", "--lr=0.001", "--lr_adam=0.001"])
-    assert ended.code == 0, ended
-
 def not_a_number(_):
     """A weight that is NaN behind a loss that is not."""
     update = module("lab.run").Run.update
@@ -105,6 +98,13 @@ def not_a_number(_):
     ended = run("train", ["--out=nan", "--steps=7", *SFT, "--save_every=5"], before)
     refused(ended, "a weight is not finite", "is good", code=1)
     assert state_of("nan")["step"] == 5
+
+def diverged(_):
+    """The run of `not_a_number`, with larger rates, and with smaller ones."""
+    refused(run("train", ["--out=nan", "--resume", "--lr=0.5"]), "--lr=0.5 differs")
+    ended = run("train", ["--out=nan", "--resume", "--lr=0.001", "--lr_adam=0.001"])
+    assert ended.code == 0 and state_of("nan")["step"] == 7, ended
+    assert all(w.isfinite().all() for w in state_of("nan")["model"]["weights"].values())
 
 def twice(_):
     """Ctrl-C in a step that does not end, and again."""
