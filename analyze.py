@@ -428,7 +428,7 @@ def meta_run(c, device):
         fail(f"{c.meta} was trained with --algo=none: there is no theta' in it")
     return MetaRun(model, inner, state["config"])
 
-def check(c, known):
+def check_flags(c, known):
     """Refuses, with a line, what no experiment can do anything with."""
     if machine.WORLD > 1:
         fail("analyze.py runs in one process, without torchrun")
@@ -452,7 +452,7 @@ def main():
     lines = [f"  {name:12} {line}" for name, line in known.items()]
     epilog = "\n".join(["experiments:", *lines, "", f"the tour: {', '.join(TOUR)}"])
     c, _ = flags.flags(Analyze, epilog=epilog)
-    check(c, known)
+    check_flags(c, known)
     if c.redraw:
         experiments.redraw(c)
         return

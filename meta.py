@@ -235,8 +235,8 @@ def fast_layers(model, patterns, algo="maml"):
 # -------------------------------------------------------------------------- the outer loop (Eq. 8)
 
 def meta_loss(model, inner, c, tasks, device="cpu", order=2, sizes=None):
-    """The meta-objective (Eq. 8) of a list of tasks -> (loss to differentiate, numbers to log).
-    sizes: `sizes_of` the whole batch, where these tasks are a part of one.
+    """The meta-objective (Eq. 8, Algorithm 2) of a list of tasks -> (loss to differentiate, numbers
+    to log). sizes: `sizes_of` the whole batch, where these tasks are a part of one.
 
     L_q(theta') + joint * L(theta). The second term is the ordinary in-context loss on the support's
     own rows, which the inner loop has run already: it keeps theta able to think. Reptile has no

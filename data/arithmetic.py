@@ -427,7 +427,7 @@ def check(q, trajectory):
     return verdicts
 
 
-def examples():
+def print_examples():
     """Prints a question and its trajectories of every kind, for every domain."""
     rng = random.Random(0)
     for domain in OOD:
@@ -441,4 +441,4 @@ def examples():
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):                  # `| head` closes our output
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    examples()
+    print_examples()

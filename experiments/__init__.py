@@ -53,7 +53,7 @@ def run(name, c, device, models):
         "experiment": name, "claim": experiment.CLAIM, "verdict": verdict,
         "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
         "numbers": numbers, "checkpoints": checkpoints,
-        "command": command(name, c), "config": asdict(c), "revision": revision(),
+        "command": typed(name, c), "config": asdict(c), "revision": revision(),
         "seconds": round(time.perf_counter() - began, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
     write(path, result)
@@ -65,7 +65,7 @@ def run(name, c, device, models):
         print(f"    {what}: {mean:.3g} [{low:.3g}, {high:.3g}]")
     return result
 
-def command(name, c):
+def typed(name, c):
     """What to type to run it again."""
     words = ["python analyze.py", name]
     for key, value in asdict(c).items():

@@ -156,7 +156,7 @@ class Workers:
         self.processes = []
 
     def __enter__(self):
-        self.handler = signal.signal(signal.SIGTERM, leave)
+        self.handler = signal.signal(signal.SIGTERM, end_with)
         self.pool = ThreadPoolExecutor(self.jobs)
         return self
 
@@ -196,7 +196,7 @@ class Workers:
             raise OSError(f"{stage.folder}: {lines[-1] if lines else process.returncode}")
 
 
-def leave(number, _):
+def end_with(number, _):
     sys.exit(128 + number)
 
 
@@ -218,12 +218,12 @@ def evaluate(c, folder, cells, n=32, k=8):
         rows = {}
         for domain, operands in cells:
             questions = held_out(domain, operands, c.questions)
-            rows[f"{domain} {operands}"] = ask(c, folder, config, questions, n, k)
+            rows[f"{domain} {operands}"] = score_cell(c, folder, config, questions, n, k)
         kept[key] = rows
         write(path, kept)
     return kept[key]
 
-def ask(c, folder, config, questions, n, k):
+def score_cell(c, folder, config, questions, n, k):
     """Every metric of one run on one cell's questions."""
     device = machine.device_of(c)
     model, _ = load_model(folder / "ckpt.pt", device)

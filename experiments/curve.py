@@ -71,13 +71,13 @@ def measure_cell(c, model, uncut, domain, operands):
 def trials(c, domain, operands):
     """Held-out questions that have all four trajectories -> (questions, {kind: [text]})"""
     rng, questions = random.Random(f"{c.seed}/{domain}"), questions_of(c, domain, operands)
-    rows = [(q, kinds_of(q, questions, rng)) for q in questions]
+    rows = [(q, four_trajectories(q, questions, rng)) for q in questions]
     rows = [(q, thinks) for q, thinks in rows if "wrong" in thinks]
     if not rows:
         fail(f"no wrong trajectory was found for {domain}")
     return [q for q, _ in rows], {kind: [t[kind] for _, t in rows] for kind in KINDS}
 
-def kinds_of(q, questions, rng):
+def four_trajectories(q, questions, rng):
     """Four trajectories of a question -> {kind: text}, without 'wrong' where no slip changes the
     answer."""
     correct = arithmetic.trajectory(q, rng)
@@ -110,7 +110,7 @@ def judge_cell(cell):
         "L_hat_start": interval([y[0] for y in cell.curves["correct"]]),
         "L_hat_end": {kind: interval([y[-1] for y in ys]) for kind, ys in cell.curves.items()},
         "curves": {kind: banded(ys) for kind, ys in cell.curves.items()},
-        "examples": examples(cell)}
+        "examples": drawn_alone(cell)}
     if "uncut" in cell.curves:
         rho, share = shape(cell.curves["uncut"])
         numbers["uncut"] = {"spearman_median": interval(rho, np.median),
@@ -121,7 +121,7 @@ def verdict_of(margins, statistic=np.mean):
     verdict, intervals = decide(margins, statistic)
     return {"verdict": verdict, "margins": intervals}
 
-def examples(cell):
+def drawn_alone(cell):
     rows = list(zip(cell.questions, cell.thinks, cell.curves["correct"]))[:EXAMPLES]
     return [{"title": f"{q.text} = {q.answer}", "tokens": t, "L_hat": np.round(y, 4).tolist()}
             for q, t, y in rows]

@@ -95,7 +95,7 @@ def judge(raw):
                                    early(raw.on)))
     measured = {"loss": raw.loss, "entropy": raw.entropy, "forced": raw.forced, "on": raw.on}
     return verdict, {"gaps": gaps, "title": raw.title,
-                     "by place": {name: summary(v) for name, v in measured.items()}}
+                     "by place": {name: by_place(v) for name, v in measured.items()}}
 
 def margins(loss, empty, forced, on):
     """A number a question each: L_hat with </think> forced early, L_hat of <think></think>; right
@@ -103,7 +103,7 @@ def margins(loss, empty, forced, on):
     return {"L of <think></think> - cut short": empty - loss,
             "accuracy going on - cut short": on - forced}
 
-def summary(v):
+def by_place(v):
     mean, low, high = (np.round(x, 4).tolist() for x in bootstrap(v, draws=500))
     return {"mean": mean, "low": low, "high": high}
 

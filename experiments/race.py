@@ -78,11 +78,11 @@ class GPT2(Model):
         return self.embed(ids) + self.place(pos), None
 
 
-def new_model(c):
+def model_of(c):
     shape = Config(text.VOCAB, c.layers, c.heads, c.width)
     return GPT2(shape) if c.recipe == "nanogpt" else Model(shape)
 
-def optimisers(c, model):
+def optimisers_of(c, model):
     fused = model.head.weight.is_cuda
     if c.recipe == "ours":
         return optim.optimisers(model, c.lr, c.lr_adam)
@@ -95,7 +95,7 @@ def optimisers(c, model):
         groups.append({"params": params, "weight_decay": 0.1 * matrices})
     return [torch.optim.AdamW(groups, c.lr, betas=(0.9, 0.99), fused=fused)]
 
-def cosine(c, i):
+def cosine_rate(c, i):
     """nanoGPT's schedule: warm-up, then a cosine to a tenth."""
     return min((i + 1) / max(1, c.warmup), 0.55 + 0.45 * math.cos(math.pi * i / c.steps))
 
@@ -104,12 +104,12 @@ def race(c, given):
     c = prepare(configure(c, given), given)
     device = machine.device_of(c)
     torch.manual_seed(c.seed)
-    model = new_model(c).to(device)
+    model = model_of(c).to(device)
     goal = held_out(c.domains.split(",")[0], 4, c.questions, "val")
-    rate = cosine if c.recipe == "nanogpt" else optim.linear
+    rate = cosine_rate if c.recipe == "nanogpt" else optim.linear
     reached = False
     with locked(c.out):
-        with Run(c, model, optimisers(c, model), rate=rate) as run:
+        with Run(c, model, optimisers_of(c, model), rate=rate) as run:
             autocast = machine.autocast(c.dtype, device)
             for numbers in train.sft(c, model, train.mix_of(c), autocast, run):
                 if c.recipe == "nanogpt":

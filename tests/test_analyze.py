@@ -304,7 +304,7 @@ def test_what_no_experiment_can_use_is_refused(args, word, exits):
     c, _ = flags.flags(analyze.Analyze, args)
     exits([word], analyze.check, c, known)
     c, _ = flags.flags(analyze.Analyze, ["curve"])
-    analyze.check(c, known)
+    analyze.check_flags(c, known)
 
 
 # ---------------------------------------------------------------------------------------- verdicts
