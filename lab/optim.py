@@ -6,9 +6,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then the nearest (semi-)orthogonal matrix by five
     Newton-Schulz steps.
 
-    torch.optim.Muon does the same one matrix at a time in bfloat16, which a CPU without bfloat16
-    units emulates: there a step of this one, all matrices of a shape at once and in float32, takes
-    an eighteenth of the time."""
+    torch.optim.Muon does the same one matrix at a time and in bfloat16, which many a CPU emulates.
+    This one takes all matrices of a shape at once, in float32."""
 
     def __init__(self, params, lr=0.02, momentum=0.9):
         super().__init__(params, {"lr": lr, "momentum": momentum})
