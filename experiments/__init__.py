@@ -18,7 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import analyze
-from experiments import page, poster
+from experiments import poster
+from lab import page
 from lab.flags import fail
 from lab.run import checksum, revision, write
 

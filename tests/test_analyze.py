@@ -302,7 +302,7 @@ def test_cells_are_domains_with_operand_counts(exits):
 def test_what_no_experiment_can_use_is_refused(args, word, exits):
     known = {"curve": "", "compare": ""}
     c, _ = flags.flags(analyze.Analyze, args)
-    exits([word], analyze.check, c, known)
+    exits([word], analyze.check_flags, c, known)
     c, _ = flags.flags(analyze.Analyze, ["curve"])
     analyze.check_flags(c, known)
 

@@ -12,7 +12,8 @@ import meta
 from data import arithmetic
 from data.tasks import Task
 from experiments import (arms, curve, delimiter, explicit, generalize, gradient, landscape, length,
-                         methods, order, page, patch, prune, race, speed, support, tokens)
+                         methods, order, patch, prune, race, speed, support, tokens)
+from lab import page
 from lab.run import ROOT
 from lab.verdict import decide
 

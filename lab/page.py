@@ -1,10 +1,11 @@
 """The results page: claim, verdict, picture, criterion and the intervals that decided, from the
 JSON of a folder. All other numbers stay in the JSON.
 
-    python -m experiments.page assets               # writes assets/README.md
+    python -m lab.page assets               # writes assets/README.md
 """
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 from lab.run import write
@@ -34,7 +35,7 @@ def read(path):
 def page(folder, pictures=""):
     """The page as text; pictures: where they lie, seen from it."""
     parts, found = ["# Results"], results(folder)
-    parts.append("Written by `experiments/page.py` from the JSON beside each figure.")
+    parts.append("Written by `lab/page.py` from the JSON beside each figure.")
     mixed = runs_that_changed(found)
     if mixed:
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
@@ -58,8 +59,8 @@ def section(name, result, pictures):
     margins = [f"| {what} | {mean:.3g} [{low:.3g}, {high:.3g}] |"
                for what, (mean, low, high) in deciding(result["numbers"])]
     table = "\n".join(["| what decides | estimate [95 % interval] |", "|---|---|", *margins])
-    parts = [f"## {name}", f"**{result['verdict']}**: {result['claim']}",
-             f"![{name}]({pictures}{name}.png)", result["criterion"], table if margins else "",
+    verdict = textwrap.fill(f"**{result['verdict']}**: {result['claim']}", 100)
+    parts = [f"## {name}", verdict, f"![{name}]({pictures}{name}.png)", result["criterion"], table if margins else "",
              origin(name, result)]
     return "\n\n".join(part for part in parts if part)
 
@@ -71,8 +72,9 @@ def origin(name, result):
         models = f"one model: {weights}"
     else:
         models = f"{config['seeds']} seeds an arm"
-    return (f"`{result['command']}`: {config['questions']} questions a cell, {models}; "
+    line = (f"`{result['command']}`: {config['questions']} questions a cell, {models}; "
             f"`{name}.json`, revision {result['revision']}, {result['seconds']} s.")
+    return textwrap.fill(line, 100, break_on_hyphens=False)
 
 def deciding(node, name="", inside=False):
     """Every [estimate, low, high] under a key `margins` or `gaps` -> (its path in words, it)."""
