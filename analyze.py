@@ -10,6 +10,8 @@
 weights (Proposition 2.1); `cosines` holds one against the other; `surface` is the loss over a plane
 through theta.
 """
+from lab import flags                               # first: Ctrl-C from here on is quiet
+
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 import meta
 import train
 from data import arithmetic, tasks, text
-from lab import flags, machine, score
+from lab import machine, score
 from lab.flags import fail
 from lab.run import command
 

@@ -23,6 +23,8 @@ unrolled into weights, one question at a time: slow, and what the tests hold `Fa
     python meta.py --algo=fomaml --out=out/fomaml
     torchrun --standalone --nproc_per_node=2 meta.py
 """
+from lab import flags                               # first: Ctrl-C from here on is quiet
+
 import fnmatch
 import math
 import random
@@ -38,7 +40,7 @@ from torch.func import functional_call
 import train
 from data import arithmetic, text
 from data.tasks import Task, sizes_of, tasks_at, tensors, without_results
-from lab import flags, machine, optim, score
+from lab import machine, optim, score
 from lab.flags import fail
 from lab.machine import RANK, WORLD
 from lab.run import Run, command, locked, prepare, provenance, write
@@ -384,7 +386,8 @@ def load_meta(path, device="cpu"):
     """A checkpoint of `meta` -> (model, inner, the checkpoint). Exits 2 with a line if it is
     none."""
     model, state = train.load_model(path, device)
-    if not state.get("extra") or "log_alpha" not in state["extra"]:
+    extra = state.get("extra")
+    if not isinstance(extra, dict) or "log_alpha" not in extra:
         fail(f"{path} is a checkpoint, but not one of meta.py")
     config = flags.from_file(Meta, state["config"], path)
     try:

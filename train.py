@@ -11,6 +11,8 @@ the inner loop.
 Every method is a generator: a step leaves a gradient in the parameters and yields numbers to log;
 `train`, at the end, lets the optimisers step.
 """
+from lab import flags                               # first: Ctrl-C from here on is quiet
+
 import random
 import re
 import sys
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import arithmetic, text
-from lab import flags, machine, optim
+from lab import machine, optim
 from lab.flags import fail
 from lab.machine import RANK, WORLD, together
 from lab.run import Run, command, load, locked, prepare, provenance, read_log, write

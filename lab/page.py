@@ -10,7 +10,6 @@ from pathlib import Path
 
 from lab.run import write
 
-
 PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints", "command",
          "config", "revision", "seconds")
 
@@ -60,8 +59,8 @@ def section(name, result, pictures):
                for what, (mean, low, high) in deciding(result["numbers"])]
     table = "\n".join(["| what decides | estimate [95 % interval] |", "|---|---|", *margins])
     verdict = textwrap.fill(f"**{result['verdict']}**: {result['claim']}", 100)
-    parts = [f"## {name}", verdict, f"![{name}]({pictures}{name}.png)", result["criterion"], table if margins else "",
-             origin(name, result)]
+    parts = [f"## {name}", verdict, f"![{name}]({pictures}{name}.png)", result["criterion"],
+             table if margins else "", origin(name, result)]
     return "\n\n".join(part for part in parts if part)
 
 def origin(name, result):

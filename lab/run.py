@@ -182,6 +182,7 @@ def locked(folder):
 def command(main):
     """Runs a script's main. Ctrl-C outside of a Run, where there is nothing to save, files in the
     way, a full disk or memory are a line, not a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):         # a folder's name may be beyond the terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -91,6 +91,19 @@ def half_of_torchrun(i):
     refused(in_process([ROOT / "train.py", "--out=alone", *SFT], **env), "torchrun")
     assert not Path("alone").exists()
 
+def while_importing(i):
+    """Ctrl-C while a script imports torch, or a little later."""
+    out = f"early-{i}"
+    command = [sys.executable, ROOT / "train.py", f"--out={out}", "--steps=2", *SFT]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    time.sleep(0.1 + 0.1 * i)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1].decode()
+    code = process.returncode
+    assert (code, err) == (-signal.SIGINT, "") or code == 130 and "stopped" in err, (code, err)
+    assert "Traceback" not in err, err
+    return "at once" if code < 0 else "with a line"
+
 def odd_environment(i):
     """Python without docstrings; letters that the terminal lacks; no compiler; a home of one's own;
     a reader that goes away."""

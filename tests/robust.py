@@ -14,7 +14,8 @@ from collections import Counter
 import torch
 from attacks_files import (compressed, crafted_config, crafted_shape, cut_short, figure_damaged,
                            flip, log_damaged, missing_part, no_checkpoint, untouched)
-from attacks_lines import half_of_torchrun, hostile, hostile_process, odd_environment
+from attacks_lines import (half_of_torchrun, hostile, hostile_process, odd_environment,
+                           while_importing)
 from attacks_runs import (base_changes, batch_maker_killed, diverged, elsewhere, explode,
                           full_at_checkpoint, full_at_log, kill, not_a_number, once_more,
                           one_question, stop, taken, too_little_memory, twice, two_at_once)
@@ -53,6 +54,7 @@ ROWS = [
      "not saved; the checkpoint before it is good"),
     ("that run, resumed with a larger rate, with smaller ones", diverged, 1, 1,
      "refused; goes on"),
+    ("Ctrl-C while a script is imported", while_importing, 3, 9, "over, no traceback"),
     ("Ctrl-C twice in a step that does not end", twice, 1, 1, "over within a second"),
     ("the process that makes batches is killed", batch_maker_killed, 1, 1,
      "one line that names --resume"),
