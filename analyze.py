@@ -84,8 +84,11 @@ def questions_of(c, domain, operands):
     return questions
 
 def cell_of(c, default="expr:4"):
-    """The first cell of --cells, with its trajectories."""
-    domain, k = cells_of(c.cells or default)[0]
+    """The cell of --cells, with its trajectories."""
+    cells = cells_of(c.cells or default)
+    if len(cells) > 1:
+        fail(f"--cells={c.cells}: this experiment looks at one cell only, such as {default}")
+    (domain, k), = cells
     questions, rng = questions_of(c, domain, k), random.Random(f"{c.seed}/{domain}/{k}")
     thinks = [arithmetic.trajectory(q, rng) for q in questions]
     others = others_of(questions, thinks, rng)
@@ -313,7 +316,7 @@ def exact_patches(model, heads, ts, tails, seen=None, bias=False):
     full, patched = logits(seen, record), logits(rows.nothing(), patch)
     return Patched(patches, full, patched, logits(rows.nothing(), None), rows.valid)
 
-def cosines(model, inner, trials):
+def cosines(model, inner, trials, mode="whole"):
     """Cosine between the explicit update of every `up` and `down` (the inner loop's) and the
     implicit patch at </think>, per question.
 
@@ -322,7 +325,7 @@ def cosines(model, inner, trials):
     follow from X X^T and D D^T. -> {layer: list}, where both are not zero."""
     by_layer = {}
     for q, for_weights, for_context in trials:
-        fast, _ = meta.adapted(model, inner, [tasks.Task(q, [for_weights])])
+        fast, _ = meta.adapted(model, inner, [tasks.Task(q, [for_weights])], mode)
         patches = exact_patches(model, *as_ids([q], [for_context])).patches
         for name in inner.names:
             if name not in patches:

@@ -1,8 +1,9 @@
 """The explicit inner loop: theta -> theta' along a trajectory, and outer meta-steps through it (the
-paper's Eqs. 4 and 8, literally).
+paper's Eqs. 4 and 8).
 
-A question is a task. Its support set is one or more trajectories, its query set the answer, asked
-for without any trajectory:
+The paper writes grad L_q in Eq. 4 and never gives L_q a formula. An inner loop cannot know the
+answer, so this one descends the trajectory's own NLL. A question is a task. Its support set is one
+or more trajectories, its query set the answer, asked for without any trajectory:
 
     inner loop (Eq. 4)   theta' = theta - alpha grad L_support(theta)
                          L_support: the trajectory's own NLL
@@ -200,8 +201,8 @@ def by_step(support):
     return [support.inner.masked_fill(support.step != k, text.IGNORE) for k in range(last + 1)]
 
 def theta_prime(model, inner, pairs, steps=None, create_graph=True):
-    """The readable primal form, for one question: theta' = theta - alpha grad -> {parameter name:
-    tensor}. Same arguments as `adapt`."""
+    """The readable primal form, for one question: theta' = theta - alpha grad L_support ->
+    {parameter name: tensor}. pairs, steps as in `adapt`."""
     paths = linear_layers(model)
     theta = {paths[n]: model.get_parameter(paths[n]) for n in inner.names}
     for k, targets in enumerate(steps or [pairs[0][1]] * inner.K):
@@ -523,6 +524,8 @@ def configure(c, given):
     three = re.fullmatch(f"{number},{number},{number}", c.missing, re.ASCII)
     if not three or not any(map(float, c.missing.split(","))):
         fail(f"--missing={c.missing} is not three weights such as 7,2,1")
+    if c.algo == "reptile" and c.inner != "whole":
+        fail(f"--algo=reptile steps on whole trajectories: leave --inner={c.inner} out")
     if c.cut_from > c.cut_full:
         fail(f"--cut_from={c.cut_from} comes after --cut_full={c.cut_full}")
     return c

@@ -1,9 +1,9 @@
 """theta: a small decoder-only transformer, its attention, its KV cache, and the one hook through
 which weights can be fast.
 
-Every linear layer calls `hook(name, x, y)` on its way out, if one is given, and uses what comes
-back in place of y = x W^T. That is enough to record a layer's inputs and outputs, to add the update
-of an inner loop (meta.py), or to patch weights (analyze.py).
+Every linear layer of a block calls `hook(name, x, y)` on its way out, if one is given, and uses
+what comes back in place of y = x W^T. That is enough to record a layer's inputs and outputs, to add
+the update of an inner loop (meta.py), or to patch weights (analyze.py).
 
 Choices, each for what learned fastest here on two CPU cores: rotary positions (2104.09864:
 relative, nothing to learn), LayerNorm without gains (on a CPU one kernel where RMSNorm is five),

@@ -12,6 +12,10 @@ import torch
 from data import arithmetic, text
 
 
+# Of the trajectories that are cut, the share that ends at any token.
+ANYWHERE = 0.15
+
+
 class Task(NamedTuple):
     """A question, its support trajectories as text, and whether they run to the end."""
     question: arithmetic.Question
@@ -31,7 +35,7 @@ def without_results(think, n):
 
 def tasks_at(step, c):
     """The tasks of a meta-step: a pure function of (seed, step). A curriculum: whole trajectories
-    at first, then more and more without their last results."""
+    at first, then more and more without their last results, or cut off anywhere."""
     rng = random.Random(f"meta/{c.seed}/{step}")
     ramp = (step / c.steps - c.cut_from) / max(1e-9, c.cut_full - c.cut_from)
     share = c.cut * min(1, max(0, ramp))
@@ -41,7 +45,7 @@ def tasks_at(step, c):
         whole = rng.random() >= share
         if not whole:
             n = rng.choices((1, 2, 3), missing)[0]
-            anywhere = rng.random() < 0.15
+            anywhere = rng.random() < ANYWHERE
             for i, t in enumerate(thinks):
                 cut = t[:rng.randrange(1, len(t))] if anywhere else None
                 thinks[i] = cut or without_results(t, min(n, t.count("=")))

@@ -13,6 +13,7 @@ with a CLAIM, and nothing else.
 import importlib
 import inspect
 import re
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,7 @@ def run(name, c, device, models):
         "experiment": name, "claim": experiment.CLAIM, "verdict": verdict,
         "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
         "numbers": numbers, "checkpoints": checkpoints,
+        "seeds": c.seeds if hasattr(experiment, "ARMS") or name == "compare" else None,
         "command": typed(name, c), "config": asdict(c), "revision": revision(),
         "seconds": round(time.perf_counter() - began, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
@@ -71,8 +73,8 @@ def typed(name, c):
     words = ["python analyze.py", name]
     for key, value in asdict(c).items():
         if value != getattr(analyze.Analyze, key) and key not in ("names", "out", "arm"):
-            words.append(f"--{key}={value}")
-    return " ".join([*words, *(f'--arm="{arm}"' for arm in c.arm)])
+            words.append(f"--{key}={shlex.quote(str(value))}")
+    return " ".join([*words, *(f"--arm={shlex.quote(arm)}" for arm in c.arm)])
 
 def draw(path, result):
     """The figure of an experiment, beside its JSON."""

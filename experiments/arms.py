@@ -26,7 +26,7 @@ from tqdm import tqdm
 from analyze import cells_of
 from data import arithmetic
 from lab import machine
-from lab.figure import COLOURS, bars, panels
+from lab.figure import bars, panels
 from lab.flags import flags
 from lab.run import ROOT, checksum, load, read_log, write
 from lab.score import held_out, mg_pass_at_k, pass_at_k, respond, sampled
@@ -204,7 +204,7 @@ def end_with(number, _):
 
 def evaluate(c, folder, cells, n=32, k=8):
     """A run on held-out questions -> {cell: {metric: a number a question}}, kept beside the run
-    under the checksum of what was asked.
+    under the checksum of its weights and what was asked.
 
     exact: greedy; pass, mg, form: Pass@k, mG-Pass@k and the share in form, from n samples. A run of
     meta.py also has `theta`, asked without a trajectory, theta' after whole trajectories and after
@@ -275,16 +275,11 @@ def draw_arms(arms, title, metrics=("exact", "pass", "mg", "weights", "weights, 
     metrics = [m for m in metrics if any(m in arm["scores"] for arm in arms.values())]
     height = 0.42 * len(arms) + 1.1
     fig, (axes,) = panels(1, len(metrics), width=3.9, heights=[height])
-    palette = list(COLOURS.values())
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(arms)}
-    before = None
     for ax, metric in zip(axes, metrics):
-        rows = {name: arm["scores"][metric] for name, arm in arms.items()
-                if metric in arm["scores"]}
-        bars(ax, rows, colours, xlabel=METRICS[metric], xlim=(0, 1))
-        if before == list(rows):
+        rows = {name: arm["scores"].get(metric) for name, arm in arms.items()}
+        bars(ax, rows, xlabel=METRICS[metric], xlim=(0, 1))
+        if ax is not axes[0]:
             ax.set_yticklabels([])
-        before = list(rows)
     fig.suptitle(title, fontsize=10)
     return fig
 

@@ -33,7 +33,6 @@ CLAIM = ("Figs. 2, 3, 16: the answer's loss falls along a correct trajectory onl
          "progressively")
 CELLS = "expr:4 sum:4 modsum:4"             # domain:operands
 KINDS = ("correct", "wrong", "other", "filler")
-EXAMPLES = 1                                # single trajectories drawn a domain
 
 
 # --------------------------------------------------------------------------------------- measure
@@ -47,11 +46,11 @@ class Cell(NamedTuple):
 
 
 def measure(c, model):
-    """-> {domain: Cell}"""
+    """-> {cell: Cell}"""
     path = Path(c.uncut) / "ckpt.pt"        # a model that never saw a trajectory cut short
     uncut = load_model(path, model.head.weight.device)[0] if path.exists() else None
     cells = cells_of(c.cells or CELLS)
-    return {domain: measure_cell(c, model, uncut, domain, k) for domain, k in cells}
+    return {f"{domain} {k}": measure_cell(c, model, uncut, domain, k) for domain, k in cells}
 
 def measure_cell(c, model, uncut, domain, operands):
     questions, thinks = trials(c, domain, operands)
@@ -92,8 +91,8 @@ def four_trajectories(q, questions, rng):
 # ----------------------------------------------------------------------------------------- judge
 
 def judge(cells):
-    """{domain: Cell} -> (verdict, {domain: what the JSON keeps})"""
-    numbers = {domain: judge_cell(cell) for domain, cell in cells.items()}
+    """{cell: Cell} -> (verdict, {cell: what the JSON keeps})"""
+    numbers = {name: judge_cell(cell) for name, cell in cells.items()}
     parts = ("direction", "progressive")
     verdicts = {part: worst([n[part]["verdict"] for n in numbers.values()]) for part in parts}
     return spoken(verdicts), numbers
@@ -110,7 +109,7 @@ def judge_cell(cell):
         "L_hat_start": interval([y[0] for y in cell.curves["correct"]]),
         "L_hat_end": {kind: interval([y[-1] for y in ys]) for kind, ys in cell.curves.items()},
         "curves": {kind: banded(ys) for kind, ys in cell.curves.items()},
-        "examples": drawn_alone(cell)}
+        "example": first(cell)}
     if "uncut" in cell.curves:
         rho, share = shape(cell.curves["uncut"])
         numbers["uncut"] = {"spearman_median": interval(rho, np.median),
@@ -121,10 +120,10 @@ def verdict_of(margins, statistic=np.mean):
     verdict, intervals = decide(margins, statistic)
     return {"verdict": verdict, "margins": intervals}
 
-def drawn_alone(cell):
-    rows = list(zip(cell.questions, cell.thinks, cell.curves["correct"]))[:EXAMPLES]
-    return [{"title": f"{q.text} = {q.answer}", "tokens": t, "L_hat": np.round(y, 4).tolist()}
-            for q, t, y in rows]
+def first(cell):
+    """The first question's curve, to be drawn alone."""
+    q, think, y = cell.questions[0], cell.thinks[0], cell.curves["correct"][0]
+    return {"title": f"{q.text} = {q.answer}", "tokens": think, "L_hat": np.round(y, 4).tolist()}
 
 def shape(curves):
     """-> (Spearman correlation of every curve, cliff share of every curve that falls)"""
@@ -145,22 +144,24 @@ def progressive(rho, share):
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    """A column a domain: L_hat by kind, the right answer's margin, single trajectories."""
-    examples = max(len(cell["examples"]) for cell in numbers.values())
-    fig, axes = panels(2 + examples, len(numbers), heights=[2.7, 2.7] + [2.3] * examples)
-    for column, (domain, cell) in zip(axes.T, numbers.items()):
+    """A column a cell: L_hat by kind; the margin over a wrong answer; one trajectory."""
+    uncut = any("uncut" in cell["curves"] for cell in numbers.values())
+    fig, axes = panels(3 + uncut, len(numbers), heights=[2.7, 2.3] + [2.3] * uncut + [2.3])
+    for column, (name, cell) in zip(axes.T, numbers.items()):
         draw_kinds(column[0], cell["curves"])
-        title = f"{domain}, {cell['operands']} operands, {cell['questions']} questions"
+        title = f"{name} operands, {cell['questions']} questions"
         column[0].set(title=title, ylim=(0, None))
         draw_margin(column[1], cell["curves"])
-        for ax, example in zip(column[2:], cell["examples"]):
-            written_under(ax, example["tokens"], example["L_hat"], COLOURS["correct"])
-            ax.set(title=example["title"], xlabel="token of the trajectory", ylim=(0, None))
+        if uncut:
+            band(column[2], cell["curves"]["uncut"], COLOURS["light"])
+            column[2].set(title=r"trained without truncation: $\hat{L}$, correct", ylim=(0, None),
+                          xlabel="fraction of the trajectory read")
+        example = cell["example"]
+        written_under(column[-1], example["tokens"], example["L_hat"], COLOURS["correct"])
+        column[-1].set(title=example["title"], xlabel="token of the trajectory", ylim=(0, None))
     for ax in axes[:, 0]:
-        ax.set_ylabel(r"$\hat{L}$, answer's NLL (nats a token)")
-    axes[1, 0].set_ylabel("nats a token")
-    for ax in axes[:2, 0]:
-        ax.legend(fontsize=7)
+        ax.set_ylabel(r"$\hat{L}$ (nats a token)")
+    axes[0, 0].legend(fontsize=7)
     return fig
 
 def draw_kinds(ax, curves):
@@ -169,9 +170,7 @@ def draw_kinds(ax, curves):
     band(ax, curves["implied"], COLOURS["wrong"], "wrong: the answer it implies", "--")
 
 def draw_margin(ax, curves):
-    band(ax, curves["margin"], COLOURS["correct"], "a wrong answer's loss - the right one's")
-    if "uncut" in curves:
-        label = "trained without truncation:\n" r"$\hat{L}$, correct"
-        band(ax, curves["uncut"], COLOURS["theta"], label, "--")
+    """How much less a wrong answer is believed than the right one."""
+    band(ax, curves["margin"], COLOURS["correct"])
     lowest = min(0, *curves["margin"]["mean"])
-    ax.set(ylim=(lowest, None), xlabel="fraction of the trajectory read")
+    ax.set(ylim=(lowest, None), title=r"$\hat{L}$ of a wrong answer - the right one's")

@@ -1,4 +1,4 @@
-"""Does theta' answer as if the trajectory were in the context? (Eq. 4 taken at its word)
+"""Can an inner loop along a trajectory carry what the answer needs? (Eq. 4, made explicit)
 
 The trajectory in the weights beside the trajectory in the context, on the run of --meta: theta' is
 theta moved along the trajectory, and is asked the question without any.
@@ -21,7 +21,7 @@ from lab.score import averaged
 from lab.verdict import banded, interval
 from meta import CONDITIONS, meta_test, outcomes
 
-CLAIM = "Eq. 4: theta moved along the trajectory answers as if the trajectory were in context"
+CLAIM = "Eq. 4: an inner loop along the trajectory carries what the answer needs"
 
 # {where the answer comes from: (label, colour)}
 WHERE = {
@@ -37,7 +37,7 @@ CURVES = {
     "weights": (r"in the weights, $\theta'_i$", COLOURS["weights"]),
     "other": ("another question's, in the weights", COLOURS["other"])}
 COSINES = {
-    "trained": COLOURS["weights"], "untrained": COLOURS["filler"],
+    "trained": COLOURS["weights"], "untrained": COLOURS["light"],
     "other question's trajectory": COLOURS["other"]}
 
 
@@ -71,9 +71,9 @@ def measure(c, run):
 
     same, swapped = list(zip(qs, thinks, thinks))[:100], list(zip(qs, others, thinks))[:100]
     alike = {
-        "trained": cosines(model, inner, same),
-        "untrained": cosines(untrained(model), inner, same),
-        "other question's trajectory": cosines(model, inner, swapped)}
+        "trained": cosines(model, inner, same, mode),
+        "untrained": cosines(untrained(model), inner, same, mode),
+        "other question's trajectory": cosines(model, inner, swapped, mode)}
     nothing = outcomes(untrained(model), inner, qs, "whole", mode, c.seed)
     title = f"{qs[0].text} = {qs[0].answer}"
     return Raw(domain, counts, inner.names, table, curves, (title, thinks[0]), alike, nothing)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments import methods
 from experiments.arms import difference, kept, run_arms
-from lab.figure import COLOURS, bars, panels
+from lab.figure import bars, panels
 from lab.verdict import decide, spoken
 
 CLAIM = "Fig. 7: trajectories generalise within and across domains"
@@ -34,11 +34,9 @@ def judge(groups):
 
 def draw(numbers):
     fig, (axes,) = panels(1, len(numbers), width=3, heights=[2.8])
-    colours = dict(zip([*methods.ARMS, "direct answers"], COLOURS.values()))
     for i, (ax, (group, row)) in enumerate(zip(axes, numbers.items())):
         rows = {name: arm["scores"]["exact"] for name, arm in row["arms"].items()}
-        bars(ax, rows, colours, title=f"{group} ({GROUPS[group]})", xlabel="exact match",
-             xlim=(0, 1))
+        bars(ax, rows, title=f"{group} ({GROUPS[group]})", xlabel="exact match", xlim=(0, 1))
         if i:
             ax.set_yticklabels([])
     return fig

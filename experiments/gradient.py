@@ -21,10 +21,10 @@ from data import text
 from lab.figure import COLOURS, panels, whisker, whiskers, zero_line
 from lab.verdict import decide, interval, spoken
 
-CLAIM = "Eq. 4: a trajectory token updates the weights along -grad L_q"
+CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
 TOKENS = 8                                  # drawn a question
 CONDITIONS = {"trained": COLOURS["correct"], "shuffled": COLOURS["filler"],
-              "another question's": COLOURS["other"], "untrained": COLOURS["theta"]}
+              "another question's": COLOURS["other"], "untrained": COLOURS["light"]}
 
 
 # --------------------------------------------------------------------------------------- measure

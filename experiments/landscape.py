@@ -1,9 +1,9 @@
 """Does the trajectory lead into a low and wide basin of the answer's loss? (Figs. 2, 12-16)
 
-L_q over two filter-normalised random directions around theta: without the trajectory, with it, and
-around theta' with the trajectory in the weights. The drawn paths are parameter motions, projected
-on their own two principal directions through theta: the exact patches as tokens enter the context,
-and the inner loop's theta'_i.
+L_q over two filter-normalised random directions around theta, without the trajectory and with it;
+and around the meta-trained theta, and its theta' with the trajectory in the weights. The drawn
+paths are parameter motions, projected on their own two principal directions through theta: the
+exact patches as tokens enter the context, and the inner loop's theta'_i.
 
 Supported if, over questions, the trajectory in context lowers L_q at theta more than another
 question's does, and so far that all around, on a ring of radius 0.25, it stays below L_q at theta
@@ -18,15 +18,16 @@ from analyze import (as_ids, cell_of, directions, exact_patches, layout, princip
                      surface)
 from data import text
 from data.tasks import Task, tensors
-from lab.figure import COLOURS, mosaic, path_on, scale
+from lab.figure import mosaic, path_on, scale
+from lab.flags import fail
 from lab.verdict import decide, interval
 from meta import adapted, theta_prime
 
-CLAIM = ("Figs. 2, 12-16: along the trajectory the model moves into a low and wide basin of the "
-         "answer's loss")
+CLAIM = "Figs. 2, 12-16: with the trajectory the answer's loss is low at theta and around it"
 RING, REACH = 0.25, 0.5                     # of the filters' norms
-LABELS = {"without": "no trajectory", "context": "trajectory in the context",
-          "weights": r"around $\theta'$: in the weights"}
+LABELS = {"without": r"$\theta$, no trajectory", "context": r"$\theta$, in the context",
+          "meta": r"meta-trained $\theta$, no trajectory",
+          "weights": r"its $\theta'$, in the weights"}
 PATHS = {"implicit": "in the context: the exact patches",
          "explicit": r"in the weights: $\theta'_i$ of the inner loop"}
 
@@ -48,6 +49,8 @@ class Path(NamedTuple):
 
 
 def measure(c, model, run):
+    if run.config["inner"] != "whole":
+        fail(f"{c.meta} was trained with --inner={run.config['inner']}: its path is not drawn here")
     cell, plane = cell_of(c), directions(model, c.seed)
     nothing = [""] * len(cell.questions)
     conditions = {"without": nothing, "context": cell.thinks, "other": cell.others}
@@ -62,6 +65,7 @@ def measure(c, model, run):
     sheets = {
         "without": sheet(model, *queries(model, [q], [""]), plane, (side, side)),
         "context": sheet(model, *queries(model, [q], [think]), plane, (side, side)),
+        "meta": sheet(run.model, *asked, own_plane, (side, side)),
         "weights": sheet(run.model, *asked, own_plane, (side, side), fast)}
     paths = {"implicit": implicit_path(c, model, q, think),
              "explicit": explicit_path(c, run, q, think)}
@@ -168,19 +172,18 @@ def draw(numbers):
     side = np.linspace(-REACH, REACH, len(sheets["without"]))
     middle = len(side) // 2
     top = 2.5 * max(0.1, sheets["without"][middle, middle])
-    layout = [["without", "context", "weights"], ["3d", "implicit", "explicit"]]
-    fig, axes = mosaic(layout, (12, 7), per_subplot_kw={"3d": {"projection": "3d"}})
+    layout = [["without", "context", "implicit"], ["meta", "weights", "explicit"]]
+    fig, axes = mosaic(layout, (12.5, 7.2))
     for name, L in sheets.items():
         shade = draw_sheet(axes[name], L, side, top)
         axes[name].set(title=LABELS[name])
-    scale(fig, shade, axes["weights"])
-    draw_both(axes["3d"], sheets, side, top)
+        scale(fig, shade, axes[name])
     for kind, path in numbers["paths"].items():
         draw_path(fig, axes[kind], path)
         held = path["share of squared length in the plane"]
         axes[kind].set(title=f"{PATHS[kind]}\n{held:.0%} of its squared length in this plane",
                        xlabel="principal direction 1", ylabel="principal direction 2")
-    fig.suptitle(f"{numbers['title']}   (plus: $\\theta$; star: after the whole trajectory)")
+    fig.suptitle(f"{numbers['title']}   (plus: the middle, or where a path begins; star: its end)")
     return fig
 
 def draw_sheet(ax, L, side, top):
@@ -189,15 +192,6 @@ def draw_sheet(ax, L, side, top):
     ax.plot(0, 0, "P", color="white", ms=8, mec="black")
     ax.set(xlabel="direction 1 (filter norms)", ylabel="direction 2 (filter norms)")
     return shade
-
-def draw_both(ax, sheets, side, top):
-    x, y = np.meshgrid(side, side)
-    without, context = (np.minimum(sheets[name], top) for name in ("without", "context"))
-    ax.plot_surface(x, y, without, cmap="cividis", alpha=0.9, lw=0, vmin=0, vmax=top)
-    ax.plot_wireframe(x, y, context, color=COLOURS["wrong"], lw=0.4, rcount=16, ccount=16)
-    ax.set(title="$L_q$ without (surface), in the context (wires)", zlim=(0, top),
-           xlabel="direction 1", ylabel="direction 2")
-    ax.view_init(22, -60)
 
 def draw_path(fig, ax, path, size=1.0):
     """A path over its plane, with the scale of the contours."""

@@ -168,7 +168,7 @@ def judge(raw):
         "largest error": {name: float(np.max(e)) for name, e in raw.errors.items()},
         "proposition": rounded(raw.proposition),
         "median of the proposition": {n: float(np.median(e)) for n, e in raw.proposition.items()},
-        "norm of dW / norm of W": {name: interval(v) for name, v in raw.sizes.items()},
+        "norm of dW / norm of W": {name: interval(v, np.median) for name, v in raw.sizes.items()},
         "effective rank over questions": {name: round(v, 1) for name, v in raw.ranks.items()}}
 
 def margins(errors):
@@ -198,7 +198,7 @@ def draw(numbers):
     whiskers(size, range(len(norms)), list(norms.values()), COLOURS["correct"])
     size.set_xticks(range(len(norms)), list(norms), rotation=45)
     size.set(title="patches at </think>", xlabel="layer", ylim=(0, None))
-    size.set_ylabel("norm of dW / norm of W", color=COLOURS["correct"])
+    size.set_ylabel("norm of dW / norm of W (median)", color=COLOURS["correct"])
     twin = size.twinx()
     twin.plot(range(len(ranks)), list(ranks.values()), "s--", color=COLOURS["other"], ms=3)
     twin.set_ylabel("effective rank of all patches", color="#9a6a00")

@@ -13,7 +13,7 @@ INKS = {"supported": COLOURS["weights"], "refuted": COLOURS["wrong"]}
 def draw(results):
     """{experiment: what its JSON holds} -> a figure"""
     layout = [["curves", "implicit", "explicit"], ["bars", "claims", "claims"]]
-    fig, axes = mosaic(layout, (14, 9.5), height_ratios=(1, 1.2))
+    fig, axes = mosaic(layout, (14, 10.5), height_ratios=(1, 1.5))
     if "explicit" in results:
         numbers = results["explicit"]["numbers"]
         explicit.draw_curves(axes["curves"], numbers)
@@ -37,15 +37,20 @@ def draw(results):
     return fig
 
 def draw_claims(ax, results):
-    """A line a claim: its name, what it says, its verdict."""
+    """A row a claim, as high as its text: its name, what it says, its verdict."""
+    rows = []
+    for name, result in results.items():
+        claim, verdict = textwrap.fill(result["claim"], 72), result["verdict"].replace("; ", "\n")
+        lines = 1 + max(claim.count("\n"), verdict.count("\n"))
+        rows.append((name, claim, verdict, lines + 0.5))
+    whole, above = sum(lines for *_, lines in rows), 0
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    for i, (name, result) in enumerate(results.items()):
-        y = 1 - (i + 0.5) / len(results)
-        parts = result["verdict"].replace("; ", "\n")
-        claim = textwrap.fill(result["claim"], 76)
-        ax.text(0, y, name, weight="bold", va="center")
-        ax.text(0.13, y, claim, va="center", fontsize=8)
-        ax.text(0.69, y, parts, va="center", fontsize=8, color=ink(parts))
+    for name, claim, verdict, lines in rows:
+        y = 1 - (above + lines / 2) / whole
+        above += lines
+        ax.text(0, y, name, weight="bold", va="center", fontsize=8)
+        ax.text(0.17, y, claim, va="center", fontsize=7.5)
+        ax.text(0.71, y, verdict, va="center", fontsize=7.5, color=ink(verdict))
 
 def ink(verdict):
     """Green or red where a verdict is of one kind."""

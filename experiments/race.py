@@ -47,7 +47,7 @@ class Race(train.Train):
     recipe: str = "ours"            # {ours, adamw, nanogpt} what stands for Muon and for the block
     until: float = 0.95             # [0, 1] share of validation questions that ends the run
     out: str = "out/race"           # the folder of the run
-    questions: int = 200            # [1, 1e5] validation questions, 4 operands, first domain
+    goal: int = 200                 # [1, 1e5] of them, 4 operands, of the first domain
 
     script = "-m experiments.race"
 
@@ -105,7 +105,7 @@ def race(c, given):
     device = machine.device_of(c)
     torch.manual_seed(c.seed)
     model = model_of(c).to(device)
-    goal = held_out(c.domains.split(",")[0], 4, c.questions, "val")
+    goal = held_out(c.domains.split(",")[0], 4, c.goal, "val")
     rate = cosine_rate if c.recipe == "nanogpt" else optim.linear
     reached = False
     with locked(c.out):
@@ -159,9 +159,9 @@ def judge(runs):
 def draw(numbers):
     runs = numbers["runs"]
     fig, ((ax,),) = panels(1, 1, width=8, heights=[2.4])
-    for i, (run, colour) in enumerate(zip(runs.values(), COLOURS.values())):
+    for i, run in enumerate(runs.values()):
         middle, steps = np.median(run["seconds"]), np.median(run["steps"])
-        ax.barh(i, middle, 0.7, color=colour)
+        ax.barh(i, middle, 0.7, color=COLOURS["light"])
         ax.plot(run["seconds"], [i] * len(run["seconds"]), ".", color=INK)
         late = run["reached"].count(False)
         note = f", {late} did not get there" if late else ""

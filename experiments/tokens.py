@@ -1,9 +1,9 @@
-"""Do tokens play different roles, reflection tokens above all? (Fig. 6)
+"""Do results, and reflection tokens, lower the answer's loss most? (Fig. 6)
 
 Signed one-step falls of L_hat by kind of token, against other tokens in the same fifth of their
 trajectory.
 
-roles: results make L_hat fall more than other tokens do.
+results: they make L_hat fall more than other tokens do.
 reflection: `W` and its correction do; only where the run was trained on `reflect` trajectories,
     since other models never saw a W.
 
@@ -19,11 +19,11 @@ import numpy as np
 
 from analyze import cell_of, curves_of
 from data import arithmetic
-from lab.figure import COLOURS, panels, whisker, zero_line
+from lab.figure import COLOURS, INK, panels, whisker, zero_line
 from lab.run import load
 from lab.verdict import decide, interval, spoken
 
-CLAIM = "Fig. 6: tokens play different roles; reflection tokens take large steps"
+CLAIM = "Fig. 6: results, and reflection tokens, take the largest steps"
 FIFTHS = 5
 KINDS = {                                   # {kind: (label, colour)}
     "operand": ("operand", COLOURS["filler"]), "operator": ("operator", COLOURS["filler"]),
@@ -69,15 +69,17 @@ def kinds_of(think):
 # ----------------------------------------------------------------------------------------- judge
 
 def judge(raw):
-    parts = {"roles": "result", "reflection": "W"} if raw.reflects else {"roles": "result"}
+    parts = {"results": "result", "reflection": "W"} if raw.reflects else {"results": "result"}
     verdicts, gaps = {}, {}
     for part, kind in parts.items():
         verdicts[part], gaps[part] = decide({kind: beyond_others(raw.curves, raw.kinds, kind)})
     if not raw.reflects:
         verdicts["reflection"] = "not tested (no `W` in this run's training)"
     falls = falls_by_kind(raw.curves, raw.kinds)
+    beyond = {kind: beyond_others(raw.curves, raw.kinds, kind) for kind in falls}
     return spoken(verdicts), {
         "gaps": gaps, "title": raw.title,
+        "beyond others": {kind: interval(v) for kind, v in beyond.items() if len(v)},
         "falls": {kind: interval(v) for kind, v in falls.items()},
         "tokens": {kind: len(v) for kind, v in falls.items()},
         "notebook's ratio": notebook(raw.curves, raw.kinds)}
@@ -125,19 +127,20 @@ def notebook(curves, kinds):
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    fig, ((falls, ratio),) = panels(1, 2, width=5, heights=[3.6])
-    shown = {kind: look for kind, look in KINDS.items() if kind in numbers["falls"]}
-    spans = {"one step": COLOURS["correct"], "two steps": COLOURS["other"]}
+    fig, ((beyond, ratio),) = panels(1, 2, width=5, heights=[3.6])
+    shown = {kind: look for kind, look in KINDS.items() if kind in numbers["beyond others"]}
+    spans = {"one step": COLOURS["light"], "two steps": INK}
     for i, (kind, (_, colour)) in enumerate(shown.items()):
-        whisker(falls, i, numbers["falls"][kind], colour)
+        whisker(beyond, i, numbers["beyond others"][kind], colour)
         for j, (span, colour) in enumerate(spans.items()):
             value = numbers["notebook's ratio"].get(kind, {}).get(span, 0)
             ratio.bar(i + 0.36 * (j - 0.5), value, 0.34, color=colour,
                       label=span if i == 0 else None)
-    for ax in (falls, ratio):
+    for ax in (beyond, ratio):
         ax.set_xticks(range(len(shown)), [label for label, _ in shown.values()])
-    zero_line(falls)
-    falls.set(ylabel=r"fall of $\hat{L}$ at the token (nats)", title=numbers["title"])
+    zero_line(beyond)
+    beyond.set(ylabel=r"fall of $\hat{L}$ beyond that of others there (nats)",
+               title=numbers["title"])
     ratio.set(ylabel=r"median $|\Delta\hat{L}| / \hat{L}$",
               title="the notebook's ratio, spanning one step or two")
     ratio.legend()

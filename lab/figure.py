@@ -18,7 +18,8 @@ matplotlib.rcParams.update({
     "figure.dpi": 150, "savefig.dpi": 150, "figure.constrained_layout.use": True,
     "legend.frameon": False, "lines.linewidth": 1.6})
 
-# Okabe and Ito's palette (colour-blind safe), by what is drawn: the same everywhere.
+# Okabe and Ito's palette (colour-blind safe), by what is drawn: the same everywhere. Arms of a
+# comparison, whose labels name them, are all light.
 COLOURS = {
     "correct": "#0072B2",           # the right trajectory, in the context
     "weights": "#009E73",           # ... in the weights: theta'
@@ -26,7 +27,7 @@ COLOURS = {
     "other": "#E69F00",             # another question's trajectory
     "wrong": "#D55E00",             # a trajectory with a mistake in it
     "filler": "#999999",            # no content
-    "light": "#56B4E9"}
+    "light": "#56B4E9"}             # anything else
 INK = "#333333"
 
 
@@ -75,13 +76,14 @@ def boxes(ax, rows, least=1e-17):
                flierprops={"markersize": 2})
     ax.set(xscale="log")
 
-def bars(ax, rows, colours=None, **labels):
-    """A horizontal bar a row, {label: {"mean": [mean, low, high], "seeds": [a value a seed]}}."""
-    palette = list(COLOURS.values())
-    for i, (name, row) in enumerate(rows.items()):
+def bars(ax, rows, **labels):
+    """A horizontal bar a row, {label: {"mean": [mean, low, high], "seeds": [a value a seed]}, or
+    None: not measured}."""
+    for i, row in enumerate(rows.values()):
+        if row is None:
+            continue
         mean, low, high = row["mean"]
-        colour = (colours or {}).get(name, palette[i % len(palette)])
-        ax.barh(i, mean, 0.7, color=colour)
+        ax.barh(i, mean, 0.7, color=COLOURS["light"])
         ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
         ax.plot(row.get("seeds", []), [i] * len(row.get("seeds", [])), ".", color=INK, ms=3)
     ax.set_yticks(range(len(rows)), [textwrap.fill(name, 40) for name in rows])
@@ -93,8 +95,8 @@ def path_on(ax, sheet, sides, path, size=1.0):
     high = max(float(np.quantile(sheet, 0.95)), 1e-3)
     levels = np.linspace(0, high, 15)
     shade = ax.contourf(*sides, np.minimum(sheet, high), levels, cmap="cividis")
-    ax.plot(*path.T, "-", color="white", lw=2.4)
-    ax.plot(*path.T, "o-", color=COLOURS["wrong"], ms=3.5, lw=1)
+    ax.plot(*path.T, "-", color="black", lw=3)
+    ax.plot(*path.T, "o-", color="white", ms=4, mec="black", mew=0.5, lw=1.6)
     ax.plot(*path[0], "P", color="white", ms=9 * size, mec="black")
     ax.plot(*path[-1], "*", color="white", ms=13 * size, mec="black")
     return shade

@@ -57,7 +57,8 @@ def runs_that_changed(results):
 def section(name, result, pictures):
     margins = [f"| {what} | {mean:.3g} [{low:.3g}, {high:.3g}] |"
                for what, (mean, low, high) in deciding(result["numbers"])]
-    table = "\n".join(["| what decides | estimate [95 % interval] |", "|---|---|", *margins])
+    head = ["| margin, above 0 where the claim holds | 95 % interval |", "|---|---|"]
+    table = "\n".join([*head, *margins])
     verdict = textwrap.fill(f"**{result['verdict']}**: {result['claim']}", 100)
     parts = [f"## {name}", verdict, f"![{name}]({pictures}{name}.png)", result["criterion"],
              table if margins else "", origin(name, result)]
@@ -65,14 +66,12 @@ def section(name, result, pictures):
 
 def origin(name, result):
     """The command, the weights it looked at, the revision, the time."""
-    config, models = result["config"], result["checkpoints"]
-    if models:
-        weights = ", ".join(f"`{folder}` ({digits})" for folder, digits in models.items())
-        models = f"one model: {weights}"
-    else:
-        models = f"{config['seeds']} seeds an arm"
-    line = (f"`{result['command']}`: {config['questions']} questions a cell, {models}; "
-            f"`{name}.json`, revision {result['revision']}, {result['seconds']} s.")
+    weights = [f"`{folder}` ({digits})" for folder, digits in result["checkpoints"].items()]
+    if result.get("seeds"):
+        weights.append(f"{result['seeds']} seeds an arm")
+    line = (f"`{result['command']}`: at most {result['config']['questions']} questions a cell, "
+            f"{', '.join(weights)}; `{name}.json`, revision {result['revision']}, evaluated in "
+            f"{result['seconds']} s.")
     return textwrap.fill(line, 100, break_on_hyphens=False)
 
 def deciding(node, name="", inside=False):

@@ -77,7 +77,8 @@ def spearman(y):
     return float(np.corrcoef(a, b)[0, 1]) if b.std() else 0.0
 
 def cliff(y, least=0.1):
-    """Share of a curve's fall that its largest 5 % of steps make: 0.05 is a slope, 1 a cliff.
+    """Share of a curve's fall that its largest 5 % of steps make: 0.05 is a slope, 1 a cliff, more
+    where it also rises.
 
     None where the curve does not fall by `least`."""
     whole = y[0] - y[-1]
