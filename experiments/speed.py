@@ -191,7 +191,8 @@ def meta_pairs(model, device, rng):
     every = [Task(q, [arithmetic.trajectory(q, rng)]) for q in questions]
     for n in QUESTIONS:
         tasks, repeats = every[:n], 3 if n > 64 else 5
-        yield Pair(f"second-order gradient, {n} questions: one after the other / dual form",
+        what = f"second-order gradient, {n} question{'s' * (n > 1)}"
+        yield Pair(f"{what}: one after the other / dual form",
                    lambda: meta_by_loop(model, inner, tasks),
                    lambda: meta_by_dual(model, inner, tasks), repeats)
     tasks = every[:64]
