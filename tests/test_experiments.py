@@ -295,3 +295,15 @@ def test_the_page_says_where_its_figures_are_of_different_weights(tmp_path):
     assert "`out/sft` had other weights" in page.page(tmp_path)
     (tmp_path / "c.json").unlink()
     assert "other weights" not in page.page(tmp_path)
+
+def test_the_flags_of_every_named_arm_are_accepted():
+    c = analyze.Analyze()
+    for module in (race, methods, length, generalize):
+        for flags in module.ARMS.values():
+            for stage in arms.stages(c, flags, 0):
+                stage.parse()
+    for flags in (*support.SFT.values(), *support.GRPO.values()):
+        for stage in arms.stages(c, flags, 0):
+            stage.parse()
+    for flags in order.ARMS.values():
+        arms.stages(c, f"meta.py {flags}", 0)[0].parse()
