@@ -10,6 +10,24 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+# ------------------------------------------------------- the attack, beside the other tests
+
+def pytest_collection_finish(session):
+    """robust.py takes the second core while the other tests run; test_robust.py waits for it."""
+    asked = any(item.path.name == "test_robust.py" for item in session.items)
+    if asked and not session.config.option.collectonly:
+        command = [sys.executable, ROOT / "tests" / "robust.py"]
+        session.config.attack = subprocess.Popen(command, stdout=subprocess.PIPE,
+                                                 stderr=subprocess.PIPE, text=True)
+
+def pytest_unconfigure(config):
+    attack = getattr(config, "attack", None)
+    if attack and attack.poll() is None:
+        attack.kill()
+
+
+# ------------------------------------------------------------------------------------- fixtures
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tensors here are so small that a second thread only costs."""
