@@ -96,7 +96,7 @@ def while_importing(i):
     out = f"early-{i}"
     command = [sys.executable, ROOT / "train.py", f"--out={out}", "--steps=2", *SFT]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    time.sleep(0.1 + 0.1 * i)
+    time.sleep(0.5 + 0.1 * i)                       # by then Python itself has started
     process.send_signal(signal.SIGINT)
     err = process.communicate()[1].decode()
     code = process.returncode
