@@ -253,7 +253,7 @@ def kept(arms):
             for name, arm in arms.items()}
 
 def summary(v):
-    return {"mean": crossed(v), "seeds": [round(float(x), 4) for x in v.mean(1)]}
+    return {"mean": crossed(v, share=True), "seeds": [round(float(x), 4) for x in v.mean(1)]}
 
 def difference(arms, a, b, metric="exact"):
     """{name: paired differences (seeds, questions)} of two arms."""

@@ -1,7 +1,7 @@
 """Has a long trajectory a short equivalent? (Fig. 11)
 
 Steps of the model's own trajectory are deleted until none is left: the step with the least |change
-of L_hat| first; a random one; the last (budget forcing). Beside them the oracle's `short`
+of L_hat|, measured again after every deletion; a random one; the last (budget forcing). Beside them the oracle's `short`
 trajectory. Each also with its last result cut off, as a control for the answer's standing there.
 
 Supported if the short one is as good as the whole (within 5 points), and deletion by the least
@@ -77,19 +77,20 @@ def one_a_step(q, t):
 
 def shortened(model, questions, trajectories, rng):
     """-> {(way, steps left): trajectories as text}"""
-    size = len(trajectories[0])
-    curves = curves_of(model, questions, [";".join(steps) for steps in trajectories])
-    ways = {}
+    size, ways = len(trajectories[0]), {}
+    kept = {way: [list(steps) for steps in trajectories]
+            for way in ("least change", "random", "truncated")}
     for left in range(size, -1, -1):
-        kept = {"least change": [], "random": [], "truncated": []}
-        for steps, y in zip(trajectories, curves):
-            largest = sorted(np.argsort(changes(steps, y))[size - left:])
-            drawn = sorted(rng.sample(range(size), left))
-            kept["least change"].append(";".join(steps[j] for j in largest))
-            kept["random"].append(";".join(steps[j] for j in drawn))
-            kept["truncated"].append(";".join(steps[:left]))
-        for way, thinks in kept.items():
-            ways[way, left] = thinks
+        for way, rows in kept.items():
+            ways[way, left] = [";".join(steps) for steps in rows]
+        if left:
+            curves = curves_of(model, questions, ways["least change", left])
+            for steps, y in zip(kept["least change"], curves):
+                del steps[int(np.argmin(changes(steps, y)))]
+            for steps in kept["random"]:
+                del steps[rng.randrange(left)]
+            for steps in kept["truncated"]:
+                del steps[-1]
     return ways
 
 def changes(steps, y):
@@ -108,7 +109,7 @@ def judge(raw):
         right[way] = raw.right[way, half]
     verdict, gaps = decide(margins(right))
     points = [{"way": way, "steps": left, "tokens": round(raw.length[way, left], 1),
-               "right": interval(v), "L_hat": interval(raw.loss[way, left])}
+               "right": interval(v.astype(bool)), "L_hat": interval(raw.loss[way, left])}
               for (way, left), v in raw.right.items()]
     return verdict, {"gaps": gaps, "title": raw.title, "questions": len(right["own"]),
                      "points": points}

@@ -1,52 +1,85 @@
 """From one number a question to a verdict: intervals, and the one rule of every criterion."""
+from statistics import NormalDist
+
 import numpy as np
 
 # Where curves of any length are compared: fractions of a trajectory.
 FRACTION = np.linspace(0, 1, 41)
 
 
-def bootstrap(values, statistic=np.mean, draws=2000):
-    """A statistic over the first axis and its 95 % percentile interval -> (estimate, low, high)."""
+def bootstrap(values, statistic=np.mean, draws=2000, level=0.95):
+    """A statistic over the first axis and its percentile interval -> (estimate, low, high)."""
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
     n = len(values)
     again = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(draws)]
-    low, high = np.quantile(again, (0.025, 0.975), axis=0)
+    low, high = np.quantile(again, ((1 - level) / 2, (1 + level) / 2), axis=0)
     return statistic(values, axis=0), low, high
 
-def interval(values, statistic=np.mean):
-    """[estimate, low, high] of a list of numbers, rounded for JSON; None for an empty list."""
+def interval(values, statistic=np.mean, level=0.95):
+    """[estimate, low, high] of a list of numbers, rounded for JSON; None for an empty list. Truths
+    (bool) are a share, with Wilson's interval: 200 right of 200 do not make [1, 1]."""
     if len(values) == 0:
         return None
-    return [round(float(x), 4) for x in bootstrap(values, statistic)]
+    share = np.asarray(values).dtype == bool
+    found = wilson(values, level) if share else bootstrap(values, statistic, level=level)
+    return [round(float(x), 4) for x in found]
 
-def crossed(values):
-    """[mean, low, high] of (seeds, questions) values: the bootstrap resamples both."""
-    values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
-    seeds, questions = values.shape
-    again = []
-    for _ in range(1000):
-        rows = rng.integers(0, seeds, seeds)
-        columns = rng.integers(0, questions, questions)
-        again.append(values[np.ix_(rows, columns)].mean())
-    low, high = np.quantile(again, (0.025, 0.975))
-    return [round(float(x), 4) for x in (values.mean(), low, high)]
+def wilson(values, level=0.95):
+    """Wilson's score interval of a share, from zeros and ones -> (share, low, high)."""
+    n, p, z = len(values), np.mean(values), NormalDist().inv_cdf((1 + level) / 2)
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return p, max(0, middle - half), min(1, middle + half)
+
+def crossed(values, level=0.95, share=False):
+    """[mean, low, high] of (seeds, questions) values, both of them random: a t interval over the
+    two-way variance with Satterthwaite's degrees of freedom; for a share within [0, 1]."""
+    values = np.asarray(values, dtype=float)
+    S, Q = values.shape
+    mean, seeds, questions = values.mean(), values.mean(1), values.mean(0)
+    rest = values - seeds[:, None] - questions + mean
+    freedom = np.maximum(1, [S - 1, Q - 1, (S - 1) * (Q - 1)])
+    squares = np.array([Q * S * seeds.var(), S * Q * questions.var(), S * Q * rest.var()])
+    parts = squares / freedom                               # mean squares
+    variance = parts[0] + parts[1] - parts[2]
+    df = variance**2 / max(1e-300, (parts**2 / freedom).sum())
+    largest = parts[:2].argmax()
+    if variance < parts[largest]:                           # the other effect seems below zero
+        variance, df = parts[largest], freedom[largest]
+    if variance == 0:
+        low, high = wilson(questions, level)[1:] if share else (mean, mean)
+    else:
+        half = t_quantile((1 + level) / 2, df) * np.sqrt(variance / (S * Q))
+        low, high = mean - half, mean + half
+    if share:
+        low, high = max(0, low), min(1, high)
+    return [round(float(x), 4) for x in (mean, low, high)]
+
+def t_quantile(p, df):
+    """Of Student's t, for p > 1/2: its density integrated over angles, x = tan(angle)."""
+    angle = np.linspace(0, np.pi / 2, 20_001)[:-1]
+    density = (1 + np.tan(angle)**2 / df) ** (-(df + 1) / 2) / np.cos(angle)**2
+    mass = np.concatenate(([0], np.cumsum(density[1:] + density[:-1])))
+    return np.tan(np.interp((2 * p - 1) * mass[-1], mass, angle))
 
 def decide(margins, statistic=np.mean):
     """Margins {name: numbers, above 0 where the claim holds} -> (verdict, {name: interval}).
 
     A number a question, or (seeds, questions). Supported: every 95 % interval lies above 0.
-    Refuted: one lies below. Else inconclusive. ValueError where there is nothing to decide on."""
-    if any(len(margin) == 0 for margin in margins.values()):
+    Refuted: one lies below, where intervals are widened for their number (Bonferroni), since any
+    of them can refute. Else inconclusive. ValueError where there is nothing to decide on."""
+    if not margins or any(np.size(margin) == 0 for margin in margins.values()):
         raise ValueError("a margin without numbers decides nothing")
-    intervals = {}
-    for name, margin in margins.items():
-        over_seeds = np.ndim(margin) == 2
-        intervals[name] = crossed(margin) if over_seeds else interval(margin, statistic)
-    if all(low > 0 for _, low, _ in intervals.values()):
-        return "supported", intervals
-    if any(high < 0 for _, _, high in intervals.values()):
-        return "refuted", intervals
-    return "inconclusive", intervals
+
+    def intervals(level):
+        return {name: crossed(margin, level) if np.ndim(margin) == 2
+                else interval(margin, statistic, level) for name, margin in margins.items()}
+    plain, wide = intervals(0.95), intervals(1 - 0.05 / len(margins))
+    if all(low > 0 for _, low, _ in plain.values()):
+        return "supported", plain
+    if any(high < 0 for _, _, high in wide.values()):
+        return "refuted", plain
+    return "inconclusive", plain
 
 def worst(verdicts):
     """A claim on several domains holds where it holds in all of them."""

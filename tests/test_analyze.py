@@ -336,6 +336,38 @@ def test_an_interval_is_an_estimate_between_its_bounds_and_follows_its_statistic
     assert verdict.interval([]) is None
 
 
+def test_a_share_keeps_its_distance_from_certainty():
+    """Wilson's interval: 200 right of 200, and 1 of 10 (Brown, Cai, DasGupta 2001)."""
+    assert verdict.interval([True] * 200) == [1, pytest.approx(0.9812, abs=1e-4), 1]
+    one_of_ten = verdict.interval([True] + [False] * 9)
+    assert one_of_ten == pytest.approx([0.1, 0.0179, 0.4042], abs=1e-4)
+    assert verdict.crossed(np.ones((5, 200)), share=True) == verdict.interval([True] * 200)
+
+
+def test_students_quantiles_are_those_of_the_tables():
+    found = [verdict.t_quantile(0.975, df) for df in (1, 2, 4, 10, 100)]
+    assert found == pytest.approx([12.706, 4.303, 2.776, 2.228, 1.984], rel=1e-3)
+
+
+@pytest.mark.parametrize("of_seeds", (0, 0.12))
+@pytest.mark.parametrize("of_questions", (0, 0.3))
+def test_intervals_over_seeds_and_questions_cover_the_truth(of_seeds, of_questions):
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(300):
+        seeds, questions = rng.normal(size=(5, 1)), rng.normal(size=(1, 100))
+        values = of_seeds * seeds + of_questions * questions + 0.3 * rng.normal(size=(5, 100))
+        _, low, high = verdict.crossed(values)
+        covered += low <= 0 <= high
+    assert 0.91 < covered / 300 < 0.995
+
+
+def test_margins_without_any_truth_in_them_seldom_refute():
+    """Four margins of zero mean: each alone lies below 0 in 2.5 % of the cases."""
+    rng = np.random.default_rng(0)
+    found = [verdict.decide({i: rng.normal(size=(5, 40)) for i in range(4)})[0] for _ in range(200)]
+    assert found.count("refuted") <= 10 and found.count("supported") <= 3
+
+
 def test_margins_decide_either_way():
     """One margin below 0 refutes, whatever the others say."""
     rng = np.random.default_rng(0)
