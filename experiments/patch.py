@@ -1,11 +1,12 @@
 """Can weights do without the trajectory what the model does with it? (Proposition 2.1)
 
-`analyze.exact_patches` replaces the trajectory by a rank-1 change of every MLP matrix, layer by
-layer and for every position of the answer. `proposition` tries the paper's own construction in its
-own setting, as printed and mended.
+`analyze.exact_patches` replaces the trajectory by a rank-1 change of every MLP matrix, or a bias
+where every hidden unit is silent, layer by layer and another one for every position of the answer.
+`one_theta_prime` finds a single theta' for the whole row, which is the proposition itself.
+`proposition` tries the paper's own construction in its own setting, as printed and mended.
 
 Supported if the largest error of the answer's logits is below 1e-4 in float32 and 1e-10 in float64,
-and a hundred times smaller than both the unpatched error and that of another question's patch: mean
+for a theta' a position and for the single one, and a hundred times smaller than both the unpatched error and that of another question's patch: mean
 orders of magnitude to spare, 95 % intervals above 0; refuted if one lies below 0. It holds for an
 untrained model as well: a theorem on what weights can do, not on what they were trained for.
 """
@@ -25,6 +26,7 @@ CLAIM = "Prop. 2.1: some weights do without the trajectory what the model does w
 LABELS = {
     "float32": "patched, float32", "float64": "patched, float64",
     "float64, bias": "bias behind `down`\ninstead, float64",
+    "float64, one theta'": "one $\\theta'$ for\nall, float64",
     "untrained, float64": "untrained model,\npatched, float64",
     "unpatched": "unpatched", "other": "another\nquestion's patch"}
 CONSTRUCTIONS = {
@@ -38,7 +40,8 @@ class Raw(NamedTuple):
     title: str
     errors: dict                            # {condition: largest error of the logits, a question}
     proposition: dict                       # {construction: errors of random layers}
-    sizes: dict                             # {layer: |dW| / |W|, a question}
+    sizes: dict                             # {layer: |dW| / |W|, a question that has a dW}
+    silent: dict                            # {layer: does it need a bias instead? a question}
     ranks: dict                             # {layer: effective rank of all questions' patches}
 
 
@@ -53,13 +56,13 @@ def measure(c, model):
     never = exact_patches(untrained(model).double(), *ids)
     errors = {
         "float64, bias": largest(bare.patched, bare.full, bare.valid),
+        "float64, one theta'": largest(one_theta_prime(double, *ids), wide.full, wide.valid),
         "float64": largest(wide.patched, wide.full, wide.valid),
         "float32": largest(plain.patched, plain.full, plain.valid),
         "unpatched": largest(plain.plain, plain.full, plain.valid),
         "other": swapped(model, ids, plain),
         "untrained, float64": largest(never.patched, never.full, never.valid)}
-    sizes, ranks = at_the_delimiter(model, plain.patches)
-    return Raw(cell.title, errors, proposition(), sizes, ranks)
+    return Raw(cell.title, errors, proposition(), *at_the_delimiter(model, plain.patches))
 
 def largest(a, b, valid):
     """Largest error of every row's logits, over the answer's positions."""
@@ -77,17 +80,57 @@ def swapped(model, ids, plain):
 
 def at_the_delimiter(model, patches):
     """Patches at </think>, where the answer's first digit is chosen -> ({layer: |dW| / |W|, a
-    question}, {layer: effective rank (sum s)^2 / sum s^2 of the questions' patches})"""
-    sizes, ranks = {}, {}
+    question that has one}, {layer: has it none? a question}, {layer: effective rank
+    (sum s)^2 / sum s^2 of the questions' patches})"""
+    sizes, silent, ranks = {}, {}, {}
     paths = linear_layers(model)
     for name, (p, z) in patches.items():
         p, z, W = p[:, 0], z[:, 0], model.get_parameter(paths[name]).detach()
-        size = (p.norm(dim=-1) / z.norm(dim=-1)).nan_to_num(posinf=0) / W.norm()
-        sizes[name] = size.cpu().numpy()
+        none = z.norm(dim=-1) == 0
+        sizes[name] = (p.norm(dim=-1) / z.norm(dim=-1) / W.norm())[~none].cpu().numpy()
+        silent[name] = none.cpu().numpy()
         unit_p, unit_z = F.normalize(p, dim=-1), F.normalize(z, dim=-1)
         values = torch.linalg.eigvalsh((unit_p @ unit_p.T) * (unit_z @ unit_z.T))
         ranks[name] = float(values.sum() ** 2 / values.square().sum().clamp(min=1e-12))
-    return sizes, ranks
+    return sizes, silent, ranks
+
+
+@torch.no_grad()
+def one_theta_prime(model, heads, ts, tails):
+    """The tail's logits (B, n, V) without the trajectory, from weights theta' that are the same for
+    every token of the row, the question's included, and equal theta but for every `up` and `down`.
+
+    Layer by layer, dW is the smallest matrix that changes a layer's outputs at the tail as wanted
+    and leaves those of the question alone: dW^T = Z^+ Y, with Z (S, in) the inputs and Y (S, out)
+    the changes. It exists where the tail's inputs do not depend linearly on the others; to make the
+    hidden units so, which may all be silent, the n-th token of the tail wakes the n-th of them."""
+    rows, with_t, change = layout(model, heads, ts, tails), {}, {}
+    n, seen = rows.n, torch.tensor([len(t) for t in ts], device=rows.ids.device)
+    keep = rows.real.clone()
+    keep[:, rows.t] = False
+
+    def record(name, x, y):
+        with_t[name] = y[:, -n:]
+        return y
+
+    def patch(name, x, y):
+        kind, Y = name.split(".")[1], torch.zeros_like(y)
+        if kind == "out":
+            change["u"] = with_t[name] - y[:, -n:]
+        if kind in ("qkv", "out"):
+            return y
+        Y[:, -n:] = with_t[name] - y[:, -n:]
+        if kind == "up":
+            awake = torch.eye(n, y.size(-1), dtype=torch.bool, device=y.device)
+            Y[:, -n:] += (1 - with_t[name]).clamp(min=0) * awake
+        else:
+            Y[:, -n:] += change["u"]
+        Z = x * keep[..., None]
+        return y + Z @ (torch.linalg.pinv(Z) @ Y)
+
+    model(rows.ids, pos=rows.pos, mask=rows.mask(seen), hook=record)
+    h = model(rows.ids, pos=rows.pos, mask=rows.mask(rows.nothing()), hook=patch)
+    return model.logits(h[:, -n:])
 
 
 # --------------------------------------------------- Proposition 2.1 in its own setting (Eqs. 5-19)
@@ -169,12 +212,14 @@ def judge(raw):
         "proposition": rounded(raw.proposition),
         "median of the proposition": {n: float(np.median(e)) for n, e in raw.proposition.items()},
         "norm of dW / norm of W": {name: interval(v, np.median) for name, v in raw.sizes.items()},
+        "a bias instead": {name: interval(v) for name, v in raw.silent.items()},
         "effective rank over questions": {name: round(v, 1) for name, v in raw.ranks.items()}}
 
 def margins(errors):
     """Orders of magnitude to spare."""
     e = {name: np.log10(np.maximum(v, 1e-30)) for name, v in errors.items()}
     return {"float32 below 1e-4": -4 - e["float32"], "float64 below 1e-10": -10 - e["float64"],
+            "float64, one theta', below 1e-10": -10 - e["float64, one theta'"],
             "unpatched": e["unpatched"] - e["float32"] - 2,
             "another question's patch": e["other"] - e["float32"] - 2}
 
@@ -195,8 +240,11 @@ def draw(numbers):
                      title="Proposition 2.1, one random layer")
 
     norms, ranks = numbers["norm of dW / norm of W"], numbers["effective rank over questions"]
-    whiskers(size, range(len(norms)), list(norms.values()), COLOURS["correct"])
-    size.set_xticks(range(len(norms)), list(norms), rotation=45)
+    there = [i for i, norm in enumerate(norms.values()) if norm]
+    whiskers(size, there, [norm for norm in norms.values() if norm], COLOURS["correct"])
+    biases = [share for share, _, _ in numbers["a bias instead"].values()]
+    labels = [name + f"\n{share:.0%} bias" * (share > 0) for name, share in zip(norms, biases)]
+    size.set_xticks(range(len(norms)), labels, rotation=45)
     size.set(title="patches at </think>", xlabel="layer", ylim=(0, None))
     size.set_ylabel("norm of dW / norm of W (median)", color=COLOURS["correct"])
     twin = size.twinx()

@@ -9,13 +9,14 @@ import torch
 import analyze
 import experiments
 import meta
-from data import arithmetic
+from data import arithmetic, text
 from data.tasks import Task
 from experiments import (arms, curve, delimiter, explicit, generalize, gradient, landscape, length,
                          methods, order, patch, prune, race, speed, support, tokens)
 from lab import page
 from lab.run import ROOT
 from lab.verdict import decide
+from model import Config, Model
 
 RNG = np.random.default_rng(0)
 
@@ -32,7 +33,8 @@ def steady(centre):
 
 FALL = {"correct": near(2), "wrong": near(-1), "filler": near(0)}
 COSINE = {"trained": near(0.3), "shuffled": near(0), "untrained": near(0.1)}
-ERRORS = {"float32": steady(1e-6), "float64": steady(1e-14), "unpatched": near(9), "other": near(9)}
+ERRORS = {"float32": steady(1e-6), "float64": steady(1e-14), "float64, one theta'": steady(1e-13),
+          "unpatched": near(9), "other": near(9)}
 LOSS = {"without": (near(2), near(3)), "context": (near(0), near(1)), "other": (near(5), near(5))}
 RIGHT = {"oracle short": near(0.9), "own": near(0.9), "least change": near(0.8),
          "random": near(0.4), "least change, cut": near(0.5), "random, cut": near(0.2)}
@@ -140,6 +142,29 @@ def test_proposition_2_1_fails_as_printed_and_holds_repaired():
     assert np.median(errors["printed"]) > 0.5
     assert np.median(errors["direction mended"]) > 0.5
     assert max(errors["rank-1 repair"]) < 1e-9
+
+@pytest.mark.parametrize("silent", (False, True))
+def test_one_theta_prime_does_for_the_whole_row_what_the_trajectory_does(silent):
+    """With hidden units that never fire as well."""
+    torch.manual_seed(0)
+    model = analyze.untrained(Model(Config(text.VOCAB, layers=2, heads=2, width=64))).double()
+    if silent:
+        with torch.no_grad():
+            model.blocks[0].up.weight.zero_()
+    questions = [arithmetic.parse(q) for q in ("(3+5)*2-7", "2+3+4+5+6")]
+    ids = analyze.as_ids(questions, ["3+5=8;8*2=16;16-7=9", "2+3=5;5+4=9"])
+    found = analyze.exact_patches(model, *ids)
+    logits = patch.one_theta_prime(model, *ids)
+    assert patch.largest(found.plain, found.full, found.valid).min() > 1e-2
+    assert patch.largest(logits, found.full, found.valid).max() < 1e-11
+
+def test_patches_that_do_not_exist_have_no_norm(tiny):
+    with torch.no_grad():
+        tiny.blocks[1].up.weight.zero_()
+    ids = analyze.as_ids([arithmetic.parse("3+5")] * 2, ["3+5=8", "5+3=8"])
+    sizes, silent, _ = patch.at_the_delimiter(tiny, analyze.exact_patches(tiny, *ids).patches)
+    assert silent["1.down"].all() and len(sizes["1.down"]) == 0
+    assert not silent["2.down"].any() and len(sizes["2.down"]) == 2
 
 def test_every_token_has_a_kind():
     kinds = ["operand", "operator", "operand", "operator", "slip", *["W"] * 6, "end", "operand",
