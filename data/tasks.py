@@ -75,7 +75,7 @@ class Support(NamedTuple):
     inner: torch.Tensor             # targets of the inner loss: t </think>, never the answer
     joint: torch.Tensor             # ... of the in-context loss: t a <eos>, </think> if t is whole
     step: torch.Tensor              # which arithmetic step a token of t </think> belongs to
-    answer: torch.Tensor            # bool: positions behind t
+    section: torch.Tensor           # what a token belongs to: 0 question, 1 t, 2 what is behind it
 
 class Query(NamedTuple):
     """`<bos> q <think></think> a <eos>` of G questions, (G, T)."""
@@ -86,7 +86,7 @@ class Query(NamedTuple):
 def tensors(tasks, device="cpu"):
     """Tasks -> (Support, Query); targets are IGNORE where there is nothing to learn. ValueError for
     an empty trajectory."""
-    rows, inner, joint, step, behind = [], [], [], [], []
+    rows, inner, joint, step, section = [], [], [], [], []
     for task in tasks:
         head, answer = text.prompt(task.question.text), text.answer(task.question.answer)
         for think in task.thinks:
@@ -100,13 +100,13 @@ def tensors(tasks, device="cpu"):
             inner.append([*nothing, *t, text.END_THINK, *later])
             joint.append([*nothing, *t, end, *answer])
             step.append([0] * len(head) + steps + [0] * len(answer))
-            behind.append([0] * (len(head) + len(t)) + [1] * (1 + len(answer)))
+            section.append([0] * len(head) + [1] * len(t) + [2] * (1 + len(answer)))
     support = Support(
         text.padded(rows, text.PAD, device)[:, :-1],
         text.padded(inner, text.IGNORE, device)[:, 1:],
         text.padded(joint, text.IGNORE, device)[:, 1:],
         text.padded(step, 0, device)[:, 1:],
-        text.padded(behind, 1, device)[:, :-1].bool())
+        text.padded(section, 2, device)[:, :-1])
     prompts = [text.prompt(task.question.text, "") for task in tasks]
     answers = [text.answer(task.question.answer) for task in tasks]
     return support, Query(*text.shifted(prompts, answers, device))

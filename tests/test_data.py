@@ -300,12 +300,13 @@ def test_rows_of_tasks_hold_what_their_targets_say():
     rows = [(task, think) for task in some for think in task.thinks]
     for i, (task, t) in enumerate(rows):
         q, a = task.question.text, task.question.answer
-        ids, inner, joint, step, answer = (part[i] for part in support)
+        ids, inner, joint, step, section = (part[i] for part in support)
         end = "</think>" if task.whole else ""
         assert spelt(ids, ids != text.PAD).startswith(f"<bos>{q}<think>{t}</think>{a}")
         assert spelt(inner, inner >= 0) == f"{t}</think>"
         assert spelt(joint, joint >= 0) == f"{t}{end}{a}<eos>"
-        assert spelt(ids, ~answer) == f"<bos>{q}<think>{t}"
+        assert spelt(ids, section == 0) == f"<bos>{q}<think>"
+        assert spelt(ids, section == 1) == t
         numbers = [t[:j].count(";") for j in range(len(t) + 1)]
         assert step[inner >= 0].tolist() == numbers
         for targets in (inner, joint):
