@@ -73,7 +73,7 @@ class Meta:
     msl: float = 0.0                # [0, 1e9] weight of the answers after earlier inner steps
     first_order: float = 0.0        # [0, 1] first share of the meta-steps taken first order
     joint: float = 1.0              # [0, 1e9] weight of the in-context loss
-    context_grad: str = "full"      # {full, detached} detached: none through keys and values
+    context_grad: str = "full"      # {full, detached} detached: the answer's none through t
     cut: float = 0.6                # [0, 1] share of trajectories that miss results, in the end
     missing: str = "7,2,1"          # how often 1, 2, 3 results are missing from such a trajectory
     cut_from: float = 0.1           # [0, 1] share of the meta-steps before cutting begins
@@ -86,6 +86,7 @@ class Meta:
     questions: int = 200            # [1, 1e5] held-out questions a cell of the evaluation
     save_every: int = 100           # [1, 1e9] meta-steps between checkpoints
     device: str = "auto"            # {auto, cpu, cuda} auto: cuda where there is one
+    dtype: str = "auto"             # {auto, float32, bfloat16} auto: bfloat16 on CPUs that have it
     threads: int = 0                # [0, 1000] CPU threads, 0: as many as torch chooses
 
     script = "meta.py"
@@ -279,12 +280,12 @@ def joint_loss(model, c, support, h):
     """The in-context loss of the support's rows, summed; h: their hidden states at theta."""
     if c.context_grad == "full":
         return model.score(h, support.joint).sum()
-    # Eq. 8 in context without its second-order path: the answer is learned behind keys and values
-    # that pass no gradient.
-    trajectory = support.joint.masked_fill(support.answer, text.IGNORE)
-    answer = support.joint.masked_fill(~support.answer, text.IGNORE)
-    loss = model.score(h, trajectory).sum()
-    h = model(support.ids, detach=~support.answer)
+    # Eq. 8 in context without its second-order path: the answer is learned behind a trajectory
+    # whose keys and values pass no gradient.
+    behind = support.section == 2
+    loss = model.score(h, support.joint.masked_fill(behind, text.IGNORE)).sum()
+    answer = support.joint.masked_fill(~behind, text.IGNORE)
+    h = model(support.ids, detach=support.section == 1)
     return loss + model.score(h, answer).sum()
 
 def leave_moves(model, inner, fast, questions):
@@ -327,7 +328,8 @@ def meta(c, given):
     c = prepare(configure(c, given), given)
     device = machine.device_of(c)
     model, inner = start(c, device)
-    opts = optim.optimisers(model, c.lr, c.lr_adam)
+    dtype = machine.precision_of(c, device)
+    opts = optim.optimisers(model, c.lr, c.lr_adam, dtype)
     learns = c.alpha and c.algo not in ("none", "reptile")
     learned = [p for p in inner.parameters() if p.requires_grad and learns]
     if learned:
@@ -336,7 +338,7 @@ def meta(c, given):
     with locked(c.out):
         keeps = {c.domain: score.CELLS[c.domain]}   # can theta still think?
         before = None if RANK else score.exact_match(model, keeps, c.questions)[0]
-        with Run(c, model, opts, inner) as run:
+        with Run(c, model, opts, inner) as run, machine.computing_in(model, dtype):
             for numbers in meta_steps(c, model, inner, learned, run):
                 run.update(numbers)
         if RANK:

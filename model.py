@@ -43,7 +43,7 @@ def rotary(pos, dim):
 
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).type_as(x)
+    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
 
 def attention(q, k, v, bias=None, plain=None):
     """softmax(q k^T / sqrt(D) + bias) v (Eqs. 5, 6). q (B, H, T, D), k and v (B, H, S, D), bias
@@ -67,13 +67,13 @@ def attention(q, k, v, bias=None, plain=None):
 
 
 class Linear(nn.Linear):
-    """y = x W^T without a bias, and the hook."""
+    """y = x W^T without a bias, in the type of x, and the hook."""
     def __init__(self, name, fan_in, fan_out):
         super().__init__(fan_in, fan_out, bias=False)
         self.name = name
 
     def forward(self, x, hook=None):
-        y = super().forward(x)
+        y = F.linear(x, self.weight.to(x.dtype))
         return y if hook is None else hook(self.name, x, y)
 
 
@@ -111,7 +111,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """forward gives hidden states; logits turns those one cares for into scores."""
+    """forward gives hidden states; logits turns those one cares for into scores. `dtype` is what it
+    computes in, None being that of its weights."""
+    dtype = None
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -127,7 +130,9 @@ class Model(nn.Module):
 
     def enter(self, ids, pos):
         """What goes into the first block, and the rotation of queries and keys."""
-        return self.embed(ids), rotary(pos, self.config.width // self.config.heads)
+        cos, sin = rotary(pos, self.config.width // self.config.heads)
+        x = self.embed(ids).to(self.dtype)
+        return x, (cos.to(x.dtype), sin.to(x.dtype))
 
     def forward(self, ids, pos=None, mask=None, cache=None, slot=None, hook=None, plain_from=None,
                 detach=None):
@@ -155,7 +160,7 @@ class Model(nn.Module):
         return self.norm(x)
 
     def logits(self, h):
-        y = self.head(h)
+        y = F.linear(h, self.head.weight.to(h.dtype))
         return y.float() if y.dtype == torch.bfloat16 else y
 
     def score(self, h, targets, tau=1.0):
@@ -205,7 +210,7 @@ class Model(nn.Module):
         """Keys and values of every block: (L, 2, B, H, length, D)."""
         c, w = self.config, self.head.weight
         shape = c.layers, 2, batch, c.heads, length, c.width // c.heads
-        return torch.zeros(shape, dtype=w.dtype, device=w.device)
+        return torch.zeros(shape, dtype=self.dtype or w.dtype, device=w.device)
 
     @eager
     @torch.inference_mode()

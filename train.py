@@ -43,23 +43,24 @@ class Train:
     overwrite: bool = False         # replace the run in --out
     ask: str = ""                   # do not train: answer this question with the model in --out
     seed: int = 0                   # [0, 1e9] of weights and data
-    steps: int = 1600               # [1, 1e9] optimiser steps
+    steps: int = 1300               # [1, 1e9] optimiser steps
     batch: int = 64                 # [1, 1e6] samples a step (grpo, dpo: trajectories)
     chunks: int = 1                 # [1, 1e4] sft: pieces of a batch, gradients summed: less memory
     layers: int = 4                 # [1, 200] transformer blocks
-    heads: int = 4                  # [1, 200] attention heads a block
+    heads: int = 3                  # [1, 200] attention heads a block
     width: int = 96                 # [1, 2e4] channels
-    lr: float = 0.02                # (0, 1e9] of Muon, for the hidden matrices
-    lr_adam: float = 0.02           # (0, 1e9] of AdamW, for embedding and head
+    lr: float = 0.035               # (0, 1e9] of Muon, for the hidden matrices
+    lr_adam: float = 0.005          # (0, 1e9] of AdamW, for embedding and head
     warmup: int = 20                # [0, 1e9] steps of linear warm-up
-    decay: float = 0.6              # [0, 1] last share of the steps, the rate falling to 0
+    decay: float = 1.0              # [0, 1] last share of the steps, the rate falling to 0
     domains: str = "expr,sum,modsum"    # of the questions; their shares are those of data/text.py
     operands: str = ""              # counts such as 3,4, drawn evenly; empty: those of data/text.py
     pool: int = 0                   # [0, 1e6] this many questions in all, 0: each is drawn anew
     support: int = 1                # [1, 100] sft: with a --pool, distinct trajectories a question
     style: str = "long"             # sft: long, short, padded, reflect, filler, or several
-    direct: float = 0.10            # [0, 1] sft: share of samples answered without a trajectory
-    cut: float = 0.10               # [0, 1] sft: share of samples whose trajectory stops anywhere
+    harder: int = 2                 # [1, 1e3] sft: questions drawn a sample, the hardest is taken
+    direct: float = 0.05            # [0, 1] sft: share of samples answered without a trajectory
+    cut: float = 0.05               # [0, 1] sft: share of samples whose trajectory stops anywhere
     group: int = 16                 # [1, 1e4] grpo, dpo: trajectories sampled a question
     update: int = 0                 # [0, 1e9] grpo: how many of a group enter the gradient, 0: all
     adv: str = "dr_grpo"            # {grpo, dr_grpo} grpo: see `advantages`
@@ -71,15 +72,15 @@ class Train:
     questions: int = 200            # [1, 1e5] held-out questions a cell of the evaluation
     save_every: int = 100           # [1, 1e9] steps between checkpoints
     device: str = "auto"            # {auto, cpu, cuda} auto: cuda where there is one
-    dtype: str = "float32"          # {float32, bfloat16} of forward passes while training
+    dtype: str = "auto"             # {auto, float32, bfloat16} auto: bfloat16 on CPUs that have it
     compile: str = "no"             # {no, yes} compile the blocks
     threads: int = 0                # [0, 1000] CPU threads, 0: as many as torch chooses
 
     script = "train.py"
 
-PRESETS = {"tiny": {}, "gpu": {"layers": 6, "width": 256, "batch": 2048, "steps": 2000}}
+PRESETS = {"tiny": {}, "gpu": {"layers": 6, "heads": 8, "width": 256, "batch": 2048, "steps": 2000}}
 FOR_RL = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "decay": 0.3,
-          "save_every": 25}
+          "save_every": 25, "dtype": "float32"}
 
 
 # --------------------------------------------------------------------------- the losses (Table 1)
@@ -118,7 +119,7 @@ def advantages(rewards, adv):
 
 # ------------------------------------------------------------------- SFT: off-policy trajectories
 
-def sft(c, model, mix, autocast, run):
+def sft(c, model, mix, run):
     """Cross-entropy on trajectories and answers that somebody wrote. `run` says which steps."""
     device = model.head.weight.device
     steps = range(run.start, c.steps)
@@ -126,9 +127,8 @@ def sft(c, model, mix, autocast, run):
     for _, batch in zip(run, batches):
         n, loss, tokens = (batch.targets >= 0).sum(), 0.0, 0
         for part in own_rows(batch, c.chunks):
-            with autocast:
-                nll = model.nll(part.ids, part.targets, pos=part.pos, mask=part.mask())  # (R, T)
-                share = sft_loss(nll, n)
+            nll = model.nll(part.ids, part.targets, pos=part.pos, mask=part.mask())     # (R, T)
+            share = sft_loss(nll, n)
             share.backward()
             loss, tokens = loss + share.detach(), tokens + (part.sample > 0).sum()
         numbers = together(model.parameters(), {"loss": loss, "tokens": tokens})
@@ -169,7 +169,7 @@ def log_prob(model, asked, rows):
     ids, targets = text.shifted(prompts, rows, model.head.weight.device)
     return -model.nll(ids, targets), targets >= 0
 
-def grpo(c, model, mix, autocast, run):
+def grpo(c, model, mix, run):
     """On-policy reinforcement learning: sample, let the verifier judge, move towards what did
     better than its group."""
     ref = frozen(c, model) if c.kl else None
@@ -192,16 +192,15 @@ def grpo(c, model, mix, autocast, run):
             keep += sorted(g * c.group + j for j in drawn)
         part = [asked[j] for j in keep], [rows[j] for j in keep]
         A = A.flatten()[keep].to(model.head.weight.device)
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             before = log_prob(ref, *part)[0] if c.kl else None
         old = None
         for epoch in range(c.epochs):
             if epoch:
                 run.move()                          # the last epoch's step is the caller's
-            with autocast:
-                logp, mask = log_prob(model, *part)
-                old = logp.detach() if old is None else old
-                loss = policy_loss(logp, old, mask, A, c, before)
+            logp, mask = log_prob(model, *part)
+            old = logp.detach() if old is None else old
+            loss = policy_loss(logp, old, mask, A, c, before)
             loss.backward()
         tokens = sum(map(len, rows))
         yield {"reward": float(rewards.mean()), "right": float((rewards == 1).float().mean()),
@@ -209,7 +208,7 @@ def grpo(c, model, mix, autocast, run):
                "length": tokens / len(rows), "entropy": float(-(old * mask).sum() / mask.sum()),
                "tokens": tokens}
 
-def dpo(c, model, mix, autocast, run):
+def dpo(c, model, mix, run):
     """Preference optimisation, off-policy: outputs sampled from --init, a right one preferred to a
     wrong one of the same question."""
     ref = frozen(c, model)
@@ -221,11 +220,10 @@ def dpo(c, model, mix, autocast, run):
             continue
         order = [j for j, _ in pairs] + [j for _, j in pairs]
         part = [asked[j] for j in order], [rows[j] for j in order]
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             before = log_prob(ref, *part)[0].sum(1).split(len(pairs))
-        with autocast:
-            now = log_prob(model, *part)[0].sum(1).split(len(pairs))
-            loss, in_order = dpo_loss(*now, *before, c.beta)
+        now = log_prob(model, *part)[0].sum(1).split(len(pairs))
+        loss, in_order = dpo_loss(*now, *before, c.beta)
         loss.backward()
         yield {"loss": float(loss.detach()), "preferred": float(in_order), "pairs": len(pairs),
                "tokens": tokens}
@@ -254,11 +252,11 @@ def train(c, given):
     device, mix = machine.device_of(c), mix_of(c)
     torch.manual_seed(c.seed)
     model = new_model(c, device)
-    opts = optim.optimisers(model, c.lr, c.lr_adam)
+    dtype = machine.precision_of(c, device)
+    opts = optim.optimisers(model, c.lr, c.lr_adam, dtype)
     with locked(c.out):
-        with Run(c, model, opts) as run:
-            autocast = machine.autocast(c.dtype, device)
-            for numbers in METHODS[c.method](c, model, mix, autocast, run):
+        with Run(c, model, opts) as run, machine.computing_in(model, dtype):
+            for numbers in METHODS[c.method](c, model, mix, run):
                 run.update(numbers)
         if RANK:
             return {}
@@ -287,7 +285,8 @@ def load_model(path, device="cpu"):
 def mix_of(c):
     """The questions and trajectories that the flags ask for."""
     names = c.domains.split(",")
-    mix = text.Mix(style=c.style, direct=c.direct, cut=c.cut)
+    harder = c.harder if c.method == "sft" else 1
+    mix = text.Mix(style=c.style, harder=harder, direct=c.direct, cut=c.cut)
     mix = mix._replace(filler=min(mix.filler, max(0.0, 1 - c.direct - c.cut)),
                        domains={d: mix.domains[d] for d in names})
     if c.operands:

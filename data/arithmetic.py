@@ -93,6 +93,16 @@ def question(domain, state):
         text += f"%{MODULUS}"
     return Question(domain, state, text, str(fold(domain, state)))
 
+def digits(q):
+    """How many digits a question's numbers have, and in `expr` its partial results. 0 in `modsum`,
+    where large numbers are no rarer than others."""
+    def inside(node):
+        below = 0 if isinstance(node, int) else inside(node[1]) + inside(node[2])
+        return len(str(value(node))) + below
+    if q.domain == "expr":
+        return inside(q.state)
+    return 0 if q.domain == "modsum" else sum(len(str(n)) for n in q.state)
+
 def canonical(q):
     """One text for all questions that differ only in the order of commuting operands."""
     def sort(node):

@@ -89,9 +89,10 @@ class Mix(NamedTuple):
     domains: dict = {"expr": 0.45, "sum": 0.37, "modsum": 0.18}
     operands: dict = {"expr": (1, 3, 6), "sum": (1, 3, 5, 2), "modsum": (2, 3, 5)}
     style: str = "long"             # several, separated by commas, are drawn evenly
-    direct: float = 0.10            # share that answers without a trajectory
-    cut: float = 0.10               # share whose trajectory stops anywhere, then the answer
-    filler: float = 0.03            # share that thinks in dots
+    harder: int = 2                 # questions drawn for a sample, which takes the hardest
+    direct: float = 0.05            # share that answers without a trajectory
+    cut: float = 0.05               # share whose trajectory stops anywhere, then the answer
+    filler: float = 0.02            # share that thinks in dots
     pool: tuple = ()                # from `limited`; empty: every question is drawn anew
 
     def think(self, q, rng):
@@ -99,9 +100,12 @@ class Mix(NamedTuple):
         return arithmetic.trajectory(q, rng, style)
 
     def question(self, rng):
+        """The one of a few that has the largest numbers to calculate with: they are rare, and take
+        longest to learn."""
         domain = rng.choices(list(self.domains), list(self.domains.values()))[0]
-        counts = arithmetic.TRAINED[domain]
-        return arithmetic.draw(rng, domain, rng.choices(counts, self.operands[domain])[0])
+        counts = rng.choices(arithmetic.TRAINED[domain], self.operands[domain], k=self.harder)
+        drawn = [arithmetic.draw(rng, domain, k) for k in counts]
+        return max(drawn, key=arithmetic.digits)
 
     def limited(self, size, support, seed):
         """This mix with a pool of `size` questions and up to `support` distinct trajectories of
@@ -176,7 +180,7 @@ def packed(lengths, room):
         heapq.heappush(rows, (used + n, row, pieces + 1))
     return places, len(rows)
 
-def batch(examples, device="cpu", room=64):
+def batch(examples, device="cpu", room=80):
     """Examples -> Batch, longest first, packed into rows of `room` tokens, or of the longest
     sample: padding is work without use."""
     samples = sorted(map(encoded, examples), key=lambda s: -len(s[0]))

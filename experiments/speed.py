@@ -214,8 +214,9 @@ def sft_rate(c, device):
     model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
     if c.compile == "yes":
         machine.compile_blocks(model)
-    opts, run = optim.optimisers(model, c.lr, c.lr_adam), range(45)
-    steps = train.sft(c, model, train.mix_of(c), machine.autocast(c.dtype, device), run)
+    dtype, run = machine.precision_of(c, device), range(45)
+    opts = optim.optimisers(model, c.lr, c.lr_adam, dtype)
+    steps = train.sft(c, model, train.mix_of(c), run)
     rates = []
 
     def step():
@@ -223,7 +224,8 @@ def sft_rate(c, device):
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-    seconds = [clock(step) for _ in run]
+    with machine.computing_in(model, dtype):
+        seconds = [clock(step) for _ in run]
     rate = np.median([tokens / s for tokens, s in zip(rates[5:], seconds[5:])])
     return float(rate), sum(p.numel() for p in model.parameters())
 

@@ -85,14 +85,29 @@ def training_precision(device):
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
 
-def autocast(dtype, device):
-    """The context of a forward pass in `dtype`, weights in float32; float32 where the device has no
-    bfloat16 units."""
-    half = dtype == "bfloat16"
-    if half and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+def precision_of(c, device):
+    """Resolves --dtype: what training computes in, None being the weights' own float32. auto:
+    bfloat16 on a CPU that multiplies in it."""
+    cuda = device.type == "cuda"
+    has_units = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else fast_bfloat16()
+    if c.dtype == "bfloat16" and cuda and not has_units:
         print(f"note: {device_name(device)} has no bfloat16 units: float32", file=sys.stderr)
-        half = False
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+        return None
+    half = c.dtype == "bfloat16" or c.dtype == "auto" and has_units and not cuda
+    return torch.bfloat16 if half else None
+
+@contextlib.contextmanager
+def computing_in(model, dtype):
+    """A model that computes in dtype; in what it did before, afterwards."""
+    before, model.dtype = model.dtype, dtype
+    try:
+        yield
+    finally:
+        model.dtype = before
+
+def fast_bfloat16():
+    """Does this CPU multiply bfloat16 matrices in hardware?"""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # ----------------------------------------------------------------------------- compiling, graphs

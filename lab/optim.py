@@ -6,11 +6,12 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then the nearest (semi-)orthogonal matrix by five
     Newton-Schulz steps.
 
-    torch.optim.Muon does the same one matrix at a time and in bfloat16, which many a CPU emulates.
-    This one takes all matrices of a shape at once, in float32."""
+    torch.optim.Muon does the same one matrix at a time, and always in bfloat16, which many a CPU
+    emulates. This one takes all matrices of a shape at once."""
 
-    def __init__(self, params, lr=0.02, momentum=0.9):
+    def __init__(self, params, lr=0.02, momentum=0.85, dtype=None):
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype                          # of the Newton-Schulz steps, None: the weights'
 
     @torch.no_grad()
     def step(self):
@@ -27,7 +28,7 @@ class Muon(torch.optim.Optimizer):
             m = self.state[p].setdefault("momentum", torch.zeros_like(p))
             m.lerp_(p.grad, 1 - momentum)
             directions.append(p.grad.lerp(m, momentum))     # Nesterov
-        x = torch.stack(directions)                         # (N, rows, columns)
+        x = torch.stack(directions).to(self.dtype or params[0].dtype)   # (N, rows, columns)
         rows, columns = params[0].shape
         x = self.orthogonal(x.mT).mT if rows > columns else self.orthogonal(x)
         scale = lr * max(1, rows / columns) ** 0.5
@@ -52,10 +53,10 @@ def matrices_inside(model):
 def adamw(params, lr, fused):
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
-def optimisers(model, lr, lr_adam):
+def optimisers(model, lr, lr_adam, dtype=None):
     """[Muon for the matrices of the blocks, AdamW for embedding and head]."""
     hidden, rest = matrices_inside(model)
-    return [Muon(hidden, lr), adamw(rest, lr_adam, model.head.weight.is_cuda)]
+    return [Muon(hidden, lr, dtype=dtype), adamw(rest, lr_adam, model.head.weight.is_cuda)]
 
 def linear(c, i):
     """The rates' share at step i: warm-up, then level, then linearly to 0."""

@@ -213,7 +213,7 @@ def test_one_question_never_touches_another_and_padding_changes_nothing(tiny):
 def test_the_answer_behind_the_trajectory_never_reaches_theta_prime(tiny):
     inner, tasks = inner_of(tiny), some_tasks(1)
     support, query = tensors(tasks)
-    answer = support.answer & (support.ids != text.END_THINK)
+    answer = (support.section == 2) & (support.ids != text.END_THINK)
     changed = support.ids.masked_fill(answer, text.encode("7")[0])
     assert not torch.equal(changed, support.ids)
     results = []

@@ -15,7 +15,7 @@ from lab.run import read_log
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--batch=9", "--questions=3", "--threads=1", "--device=cpu"]
-SHAPE = ["--layers=2", "--heads=2", "--width=16"]
+SHAPE = ["--layers=2", "--heads=2", "--width=16", "--dtype=float32"]
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -72,7 +72,8 @@ def assert_equal_runs(one, two, keys):
 def test_two_processes_equal_one_over_50_steps(tmp_path):
     one, two = side_by_side(tmp_path, "train.py", SHAPE, chunks=1)
     assert_equal_runs(one, two, ("loss", "tokens"))
-    one, two = side_by_side(tmp_path, "meta.py", [f"--init={one / 'ckpt.pt'}"], chunks=2)
+    args = [f"--init={one / 'ckpt.pt'}", "--dtype=float32"]
+    one, two = side_by_side(tmp_path, "meta.py", args, chunks=2)
     assert_equal_runs(one, two, ("L_q", "joint", "norm", "rate"))
 
 

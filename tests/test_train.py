@@ -402,7 +402,7 @@ def test_flags_mean_the_same_with_and_without_cuda(monkeypatch, args):
         monkeypatch.setattr(torch.cuda, "is_available", always(there))
         configs.append(train.configure(*flags.flags(train.Train, args)))
     assert configs[0] == configs[1]
-    assert configs[0].dtype == "float32" and configs[0].compile == "no"
+    assert configs[0].compile == "no"
 
 
 @pytest.mark.parametrize("asked,there,got", [("auto", True, "cuda"), ("auto", False, "cpu"),
@@ -455,19 +455,39 @@ def test_a_world_size_without_torchrun_is_refused(monkeypatch, exits):
     assert joined.calls == []
 
 
-@pytest.mark.parametrize("dtype,capability,enabled", [
+@pytest.mark.parametrize("dtype,capability,half", [
     ("bfloat16", (7, 5), False), ("bfloat16", (8, 0), True), ("bfloat16", (9, 0), True),
-    ("float32", (7, 5), False), ("float32", (9, 0), False)])
-def test_bfloat16_needs_a_device_that_has_it(monkeypatch, capsys, dtype, capability, enabled):
-    """Below compute capability 8.0 forward passes stay in float32, and a line says so."""
-    autocast = Recorder()
-    monkeypatch.setattr(torch, "autocast", autocast)
+    ("float32", (7, 5), False), ("float32", (9, 0), False), ("auto", (9, 0), False)])
+def test_bfloat16_needs_a_device_that_has_it(monkeypatch, capsys, dtype, capability, half):
+    """Below compute capability 8.0 training stays in float32, and a line says so."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", always(capability))
     monkeypatch.setattr(torch.cuda, "get_device_name", always("a device"))
-    machine.autocast(dtype, torch.device("cuda"))
-    assert autocast.calls == [("cuda", torch.bfloat16, enabled)]
+    chosen = machine.precision_of(train.Train(dtype=dtype), torch.device("cuda"))
+    assert chosen == (torch.bfloat16 if half else None)
     said = capsys.readouterr().err
-    assert ("float32" in said) == (dtype == "bfloat16" and not enabled)
+    assert ("float32" in said) == (dtype == "bfloat16" and not half)
+
+
+@pytest.mark.parametrize("dtype,has_units,half", [
+    ("auto", True, True), ("auto", False, False), ("bfloat16", False, True),
+    ("float32", True, False)])
+def test_a_cpu_computes_in_bfloat16_where_it_multiplies_in_it(monkeypatch, dtype, has_units, half):
+    monkeypatch.setattr(machine, "fast_bfloat16", always(has_units))
+    chosen = machine.precision_of(train.Train(dtype=dtype), torch.device("cpu"))
+    assert chosen == (torch.bfloat16 if half else None)
+
+
+def test_weights_and_their_gradients_stay_in_float32_where_bfloat16_is_computed(tiny):
+    model, (x, targets) = tiny.float(), torch.randint(0, 20, (2, 3, 9))
+    exact, rough = (gradient_of(model, x, targets, dtype) for dtype in (None, torch.bfloat16))
+    assert exact.dtype == rough.dtype == torch.float32
+    assert 1e-4 < (rough - exact).norm() / exact.norm() < 0.1
+
+def gradient_of(model, x, targets, dtype):
+    model.zero_grad()
+    with machine.computing_in(model, dtype):
+        model.nll(x, targets).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_tf32_is_on_within_a_training_loop_on_cuda_only():
