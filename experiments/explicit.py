@@ -8,18 +8,27 @@ questions of the trained operand counts than theta does, and more than it does a
 question's whole trajectory: differences with 95 % bootstrap intervals above 0, and at least half
 right. Refuted if an interval lies below 0 or contains it, else inconclusive. (With the whole
 trajectory theta' could merely copy.)
+
+That theta' answers does not yet say that it calculates. What carries the answer: the inner loss on
+</think> alone, or on all but it; the same trajectory behind another question in the inner loop;
+theta' asked another question, and whether it then says this one's answer; and plain gradient steps
+on the model that meta-training started from (rate, temperature and steps chosen on validation).
 """
+import copy
+import itertools
 import random
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from analyze import cosines, curves_of, explicit_curves, others_of, questions_of, untrained
-from data import arithmetic
-from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, written_under, zero_line
-from lab.score import averaged
+from data import arithmetic, text
+from data.tasks import Task, without_results
+from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, zero_line
+from lab.score import averaged, held_out
 from lab.verdict import banded, interval
-from meta import CONDITIONS, meta_test, outcomes
+from meta import CONDITIONS, Inner, adapted, another, answers, meta_test, outcomes
 
 CLAIM = "Eq. 4: an inner loop along the trajectory carries what the answer needs"
 
@@ -36,6 +45,8 @@ CURVES = {
     "context": ("in the context", COLOURS["correct"]),
     "weights": (r"in the weights, $\theta'_i$", COLOURS["weights"]),
     "other": ("another question's, in the weights", COLOURS["other"])}
+# Plain gradient steps: rates, temperatures, steps.
+GRID = list(itertools.product((0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 10.0), (1, 4)))
 COSINES = {
     "trained": COLOURS["weights"], "untrained": COLOURS["light"],
     "other question's trajectory": COLOURS["other"]}
@@ -49,13 +60,14 @@ class Raw(NamedTuple):
     layers: list                            # that the inner loop moves
     table: dict                             # {operands: {condition: {where: right, a question}}}
     curves: dict                            # {in which place: [the answer's loss, a question]}
-    example: tuple                          # (title, trajectory)
     cosines: dict                           # {condition: {layer: [cosine, a question]}}
     untrained: dict                         # `outcomes` of a model that never learned
+    carriers: dict                          # {what the answer may come from: right? a question}
+    plain: dict                             # {condition: right after plain steps? a question}
 
 
-def measure(c, run):
-    model, inner, config = run
+def measure(c, run, model):
+    plain, (model, inner, config) = model, run
     mode, counts = config["inner"], [int(k) for k in config["operands"].split(",")]
     domain, largest = config["domain"], max(counts)
     cells = {domain: (*counts, largest + 1)}
@@ -75,8 +87,59 @@ def measure(c, run):
         "untrained": cosines(untrained(model), inner, same, mode),
         "other question's trajectory": cosines(model, inner, swapped, mode)}
     nothing = outcomes(untrained(model), inner, qs, "whole", mode, c.seed)
-    title = f"{qs[0].text} = {qs[0].answer}"
-    return Raw(domain, counts, inner.names, table, curves, (title, thinks[0]), alike, nothing)
+    return Raw(domain, counts, inner.names, table, curves, alike, nothing,
+               carriers(model, inner, qs, thinks, mode, rng),
+               plain_steps(plain, inner.names, qs, thinks, rng))
+
+def carriers(model, inner, qs, thinks, mode, rng):
+    """Where the answer may come from, last results cut -> {what: right, or said? a question}"""
+    cut, others = [without_results(t, 1) for t in thinks], [another(q, qs, rng) for q in qs]
+    closing = [token == text.END_THINK for token in range(text.VOCAB)]
+    rows = {
+        "all of it": asked(model, inner, qs, cut, qs, mode),
+        "</think> alone": asked(model, heeding(inner, closing), qs, cut, qs, mode),
+        "all but </think>": asked(model, heeding(inner, np.invert(closing)), qs, cut, qs, mode),
+        "behind another question": asked(model, inner, others, cut, qs, mode)}
+    right = {name: [arithmetic.verify(q, a) for q, a in zip(qs, row)] for name, row in rows.items()}
+    said = asked(model, inner, qs, cut, others, mode)
+    right["asked another: right"] = [arithmetic.verify(q, a) for q, a in zip(others, said)]
+    right["asked another: says this one's"] = [a == q.answer for q, a in zip(qs, said)]
+    return right
+
+def heeding(inner, tokens):
+    """An inner loop whose loss knows some tokens of the vocabulary only (a bool each)."""
+    new = copy.deepcopy(inner)
+    new.weight.data *= torch.tensor(tokens)
+    return new
+
+def asked(model, inner, givers, thinks, questions, mode):
+    """Answers (texts) to questions, each from a theta' moved along a trajectory behind a question,
+    its giver."""
+    said = []
+    for i in range(0, len(questions), 256):
+        part = slice(i, i + 256)
+        given = [Task(q, [t]) for q, t in zip(givers[part], thinks[part])]
+        fast, _ = adapted(model, inner, given, mode)
+        prompts = [text.prompt(q.text, "") for q in questions[part]]
+        rows = model.generate(prompts, text.EOS, 4, pad=text.PAD, hook=fast)
+        said += map(text.decode, rows)
+    return said
+
+def plain_steps(model, names, qs, thinks, rng):
+    """Gradient steps on a model that never was meta-trained, the best of GRID on 100 validation
+    questions -> {condition: right? a question}"""
+    val = held_out(qs[0].domain, qs[0].operands, 100, "val")
+    shown = [arithmetic.trajectory(q, rng) for q in val]
+    right = {}
+    for n, condition in enumerate(("whole", "last result cut")):
+        def test(setting, questions, trajectories, n=n):
+            rate, tau, K = setting
+            cut = [without_results(t, n) for t in trajectories]
+            said = answers(model, questions, cut, Inner(names, K, rate, tau))
+            return [arithmetic.verify(q, a) for q, a in zip(questions, said)]
+        best = max(GRID, key=lambda setting: sum(test(setting, val, shown)))
+        right[condition] = test(best, qs, thinks)
+    return right
 
 
 # ----------------------------------------------------------------------------------------- judge
@@ -84,16 +147,15 @@ def measure(c, run):
 def judge(raw):
     pooled = pool(raw.table, raw.counts)
     verdict, gaps = decide_on(pooled)
-    title, tokens = raw.example
     return verdict, {
         "gaps": gaps, "domain": raw.domain, "counts": raw.counts, "layers": raw.layers,
         "questions": {name: len(row["theta"]) for name, row in pooled.items()},
         "exact_match": intervals(pooled), "by_operands": averaged(raw.table),
         "untrained": {where: interval(v) for where, v in raw.untrained.items()},
+        "carriers": {name: interval(v) for name, v in raw.carriers.items()},
+        "plain steps": {name: interval(v) for name, v in raw.plain.items()},
         "cosine": intervals(raw.cosines),
-        "curves": {kind: banded(ys) for kind, ys in raw.curves.items()},
-        "example": {"title": title, "tokens": tokens,
-                    "loss": {kind: np.round(ys[0], 4).tolist() for kind, ys in raw.curves.items()}}}
+        "curves": {kind: banded(ys) for kind, ys in raw.curves.items()}}
 
 def pool(table, counts):
     """The trained operand counts of a table put together -> {condition: {where: right}}"""
@@ -123,11 +185,11 @@ def intervals(rows):
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    layout = [["curves", "bars", "bars"], ["example", "counts", "cosines"]]
+    layout = [["curves", "bars", "bars"], ["carriers", "counts", "cosines"]]
     fig, axes = mosaic(layout, (12, 6.8), width_ratios=(1.2, 1, 1))
     draw_curves(axes["curves"], numbers)
     draw_bars(axes["bars"], numbers)
-    draw_example(axes["example"], numbers["example"])
+    draw_carriers(axes["carriers"], numbers)
     draw_counts(axes["counts"], numbers)
     draw_cosines(axes["cosines"], numbers)
     return fig
@@ -157,12 +219,17 @@ def draw_bars(ax, numbers, conditions=None):
            ylabel="share right", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
     ax.legend(ncols=2, loc="upper center")
 
-def draw_example(ax, example):
-    for kind in ("context", "weights"):
-        label, colour = CURVES[kind]
-        written_under(ax, example["tokens"], example["loss"][kind], colour, label)
-    ax.set(title=example["title"], xlabel="token of the trajectory",
-           ylabel="answer's NLL (nats a token)", ylim=(0, None))
+def draw_carriers(ax, numbers):
+    """Share right, last result cut, by what the inner loop was given and theta' was asked."""
+    rows = [(COLOURS["weights"], name, row) for name, row in numbers["carriers"].items()]
+    rows += [(COLOURS["light"], f"plain steps, {name}", row)
+             for name, row in numbers["plain steps"].items()]
+    for i, (colour, _, (mean, low, high)) in enumerate(rows):
+        ax.barh(i, mean, 0.7, color=colour)
+        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
+    ax.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=8)
+    ax.set(title="which of the inner loss carries the answer?", xlabel="share right, or said",
+           xlim=(0, 1.02), ylim=(len(rows) - 0.4, -0.6))
 
 def draw_counts(ax, numbers):
     """Exact match by operands, the largest count never trained."""

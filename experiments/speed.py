@@ -1,11 +1,10 @@
 """What does each trick buy on this machine?
 
 Ratios of time, slow over fast, every one the median of five interleaved repeats in one process (the
-slowest three, the noisiest fifteen), both sides warmed up; and the share of the machine's own
-matmul rate that a whole SFT step reaches, counted in tokens that are no padding, times 6, times
-parameters. No claim: measured.
+slowest three), both sides warmed up; and the share of the machine's own matmul rate that a whole SFT
+step reaches, in float32 and in bfloat16, counted in tokens that are no padding, times 6, times
+parameters. No claim: measured, on a machine that does nothing else.
 """
-import copy
 import random
 import time
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch.func import functional_call
 
 import meta
 import train
-from analyze import directions, prefix_nll, queries, surface
+from analyze import prefix_nll
 from data import arithmetic, text
 from data.tasks import Task, sizes_of, tensors
 from lab import machine, optim
@@ -98,7 +97,7 @@ def meta_by_loop(model, inner, tasks):
 
 def attention_pairs(device):
     for T in (64, 256, 1024):
-        qkv = torch.randn(3, 4096 // T, 4, T, 24, device=device, requires_grad=True)
+        qkv = torch.randn(3, 4096 // T, 3, T, 32, device=device, requires_grad=True)
 
         def both_ways(plain, qkv=qkv):
             return torch.autograd.grad(attention(*qkv, plain=plain).sum(), qkv)
@@ -112,26 +111,23 @@ def training_pairs(model, device):
     half = c.batch // 2
     halves = [one_a_row(examples[:half], device), one_a_row(examples[half:], device)]
 
-    def learn(m, batches):
-        for b in batches:
-            gradients(m, m.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum())
+    def learn(*batches, dtype=None):
+        with machine.computing_in(model, dtype):
+            for b in batches:
+                nll = model.nll(b.ids, b.targets, pos=b.pos, mask=b.mask())
+                gradients(model, nll.sum())
     name = "SFT forward and backward"
-
-    def packed():
-        learn(model, [pack])
-    yield Pair(f"{name}: two chunks, sorted and padded / packed", lambda: learn(model, halves),
-               packed)
-    compiled = copy.deepcopy(model)
-    machine.compile_blocks(compiled)
-    yield Pair(f"{name}: eager / compiled blocks", packed, lambda: learn(compiled, [pack]), 15)
-    yield Pair(f"{name} / making the batch (by another process)", packed,
-               lambda: text.batch_at(0, c.batch, mix, 0, device))
+    yield Pair(f"{name}: two chunks, sorted and padded / packed", lambda: learn(*halves),
+               lambda: learn(pack))
+    yield Pair(f"{name}: float32 / bfloat16", lambda: learn(pack),
+               lambda: learn(pack, dtype=torch.bfloat16))
 
     hidden = list(model.blocks.parameters())
     for p in hidden:
         p.grad = torch.randn_like(p)
     theirs = torch.optim.Muon(hidden, 0.0, weight_decay=0.0)
-    yield Pair("Muon's step: torch.optim.Muon / ours", theirs.step, optim.Muon(hidden, 0.0).step)
+    ours = optim.Muon(hidden, 0.0, dtype=torch.bfloat16)
+    yield Pair("Muon's step in bfloat16: torch.optim.Muon / ours", theirs.step, ours.step)
     model.zero_grad()
 
 def example_length(example):
@@ -154,13 +150,8 @@ def generation_pairs(model, device, rng):
             for _ in range(48):
                 x = torch.cat((x, model.logits(model(x)[:, -1:]).argmax(-1)), 1)
 
-    def cached(static=None):
-        return model.generate(prompts, -1, 48, static=static)
-    name = "64 prompts, 16 + 48 tokens"
-    yield Pair(f"{name}: uncached / cached generation", uncached, cached)
-    graph = " in a CUDA graph" * (device.type == "cuda")
-    yield Pair(f"{name}: shapes that grow / static shapes{graph}", lambda: cached(False),
-               lambda: cached(True))
+    yield Pair("64 prompts, 16 + 48 tokens: uncached / cached generation", uncached,
+               lambda: model.generate(prompts, -1, 48))
 
 def digits(rng, n):
     return [rng.randrange(10) for _ in range(n)]
@@ -172,17 +163,6 @@ def curve_pairs(model, rng):
         yield Pair(f"curve of {T} tokens: 64 prefixes a batch / one pass",
                    lambda: prefix_by_prefix(model, head, t, tail),
                    lambda: prefix_nll(model, [head], [t], [tail]), 3 if T > 512 else 5)
-
-def landscape_pairs(model, device, seed):
-    ids, targets = queries(model, held_out("expr", 4, 1), [""])
-    side = torch.linspace(-1, 1, 15, device=device)
-    points = torch.cartesian_prod(side, side)
-    rows = ids.expand(len(points), -1), targets.expand(len(points), -1)
-
-    def sheet(size):
-        return surface(model, *rows, directions(model, seed), points, size=size)
-    yield Pair("landscape, 15 x 15 points: one by one / batched", lambda: sheet(1),
-               lambda: sheet(1024))
 
 def meta_pairs(model, device, rng):
     c = meta.Meta()
@@ -208,13 +188,11 @@ def meta_pairs(model, device, rng):
 
 # ------------------------------------------------------------------------------------------ rates
 
-def sft_rate(c, device):
-    """A whole SFT step of a config, optimisers included -> tokens a second that are no padding,
-    parameters."""
+def sft_rate(dtype, device):
+    """A whole SFT step of the default run, optimisers included -> tokens a second that are no
+    padding, parameters."""
+    c, run = train.Train(), range(45)
     model = Model(Config(text.VOCAB, c.layers, c.heads, c.width)).to(device)
-    if c.compile == "yes":
-        machine.compile_blocks(model)
-    dtype, run = machine.precision_of(c, device), range(45)
     opts = optim.optimisers(model, c.lr, c.lr_adam, dtype)
     steps = train.sft(c, model, train.mix_of(c), run)
     rates = []
@@ -232,16 +210,16 @@ def sft_rate(c, device):
 
 def rates_of(model, device):
     """{what: how fast}"""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    with machine.training_precision(device):
-        matmul = 2 * n**3 / median_seconds(lambda: a @ b)
-        rates = {f"matmul {n} x {n}, GFLOP/s": round(matmul / 1e9, 1)}
-        for compiled in ("no", "yes"):
-            tokens, parameters = sft_rate(train.Train(compile=compiled), device)
-            name = "SFT step, compiled blocks" if compiled == "yes" else "SFT step"
-            rates[f"{name}, tokens a second"] = round(tokens)
-            rates[f"{name}, share of that rate"] = round(tokens * 6 * parameters / matmul, 3)
+    n, rates = 8192 if device.type == "cuda" else 2048, {}
+    for dtype in (None, torch.bfloat16):
+        name = "bfloat16" if dtype else "float32"
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        with machine.training_precision(device):
+            matmul = 2 * n**3 / median_seconds(lambda: a @ b)
+            tokens, parameters = sft_rate(dtype, device)
+        rates[f"matmul {n} x {n}, {name}, GFLOP/s"] = round(matmul / 1e9, 1)
+        rates[f"SFT step, {name}, tokens a second"] = round(tokens)
+        rates[f"SFT step, {name}, share of that rate"] = round(tokens * 6 * parameters / matmul, 3)
     prompts = [[3] * 16] * 64
     seconds = median_seconds(lambda: model.generate(prompts, -1, 48))
     rates["generation, tokens a second"] = round(64 * 48 / seconds)
@@ -254,7 +232,7 @@ def measure(c, model):
     device, rng = model.head.weight.device, random.Random(c.seed)
     pairs = [attention_pairs(device), training_pairs(model, device),
              generation_pairs(model, device, rng), curve_pairs(model, rng),
-             landscape_pairs(model, device, c.seed), meta_pairs(model, device, rng)]
+             meta_pairs(model, device, rng)]
     return {"ratios": {pair.name: ratio(pair) for group in pairs for pair in group},
             "rates": rates_of(model, device), "device": machine.device_name(device),
             "torch": torch.__version__}

@@ -13,6 +13,14 @@ from lab.run import write
 PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints", "command",
          "config", "revision", "seconds")
 
+# Tables that no experiment has written: {file: what they are}
+NOTES = {
+    "robust": "`python tests/robust.py --long`, an attack on runs and files:",
+    "tried": "What was tried while the recipe of `train.py` was chosen for speed, what did not help "
+             "too. A run each (two numbers: two seeds) of a script that was not kept, on one core: "
+             "percent of 200 to 400 *validation* questions. Differences below four points are noise. "
+             "What was chosen is measured in `race`."}
+
 
 def results(folder):
     """{name: what an experiment left}, in alphabetical order."""
@@ -40,10 +48,10 @@ def page(folder, pictures=""):
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
                      "these figures were made; each says which.")
     parts += [section(*row, pictures) for row in found.items()]
-    attack = Path(folder) / "robust.md"
-    if attack.exists():
-        parts += ["## robust", "`python tests/robust.py --long`, an attack on runs and files:",
-                  attack.read_text(encoding="utf-8").strip()]
+    for name, line in NOTES.items():
+        note = Path(folder) / f"{name}.md"
+        if note.exists():
+            parts += [f"## {name}", textwrap.fill(line, 100), note.read_text(encoding="utf-8").strip()]
     return "\n\n".join(parts) + "\n"
 
 def runs_that_changed(results):

@@ -23,10 +23,10 @@ from forks import LONG, ROOT, SFT, module, run
 
 # What is done, by what, how often in the tests and with --long; what must come out.
 ROWS = [
-    ("a hostile command line of one of the three scripts", hostile, 300, 2000,
+    ("a hostile command line of one of the three scripts", hostile, 200, 2000,
      "one line, exit code 2, nothing written, within 2 s"),
-    ("such a line in a process of its own", hostile_process, 3, 30, "the same"),
-    ("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 9, 30,
+    ("such a line in a process of its own", hostile_process, 1, 30, "the same"),
+    ("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 3, 30,
      "weights, optimisers and log of a run never stopped, bit for bit"),
     ("the same seed again", once_more, 1, 1, "the same bits"),
     ("SIGINT, SIGTERM", stop, 2, 2, "saved, exit codes 130, 143"),
@@ -54,7 +54,7 @@ ROWS = [
      "not saved; the checkpoint before it is good"),
     ("that run, resumed with a larger rate, with smaller ones", diverged, 1, 1,
      "refused; goes on"),
-    ("Ctrl-C while a script is imported", while_importing, 3, 9, "over, no traceback"),
+    ("Ctrl-C while a script is imported", while_importing, 1, 9, "over, no traceback"),
     ("Ctrl-C twice in a step that does not end", twice, 1, 1, "over within a second"),
     ("the process that makes batches is killed", batch_maker_killed, 1, 1,
      "one line that names --resume"),

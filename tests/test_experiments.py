@@ -10,7 +10,7 @@ import analyze
 import experiments
 import meta
 from data import arithmetic, text
-from data.tasks import Task
+from data.tasks import Task, tensors
 from experiments import (arms, curve, delimiter, explicit, generalize, gradient, landscape, length,
                          methods, order, patch, prune, race, speed, support, tokens)
 from lab import page
@@ -165,6 +165,21 @@ def test_patches_that_do_not_exist_have_no_norm(tiny):
     sizes, silent, _ = patch.at_the_delimiter(tiny, analyze.exact_patches(tiny, *ids).patches)
     assert silent["1.down"].all() and len(sizes["1.down"]) == 0
     assert not silent["2.down"].any() and len(sizes["2.down"]) == 2
+
+def test_an_inner_loss_heeds_the_tokens_it_is_told_to(tiny):
+    """All of them: theta' as ever; none: theta; and one alone moves as if it stood alone."""
+    inner = meta.Inner(meta.fast_layers(tiny, "*.up,*.down"), alpha=3.0, tau=3.0).double()
+    qs = [arithmetic.parse(q) for q in ("(3+5)*2", "9-4", "2+3+4")]
+    thinks = ["3+5=8;8*2=16", "9-4=5", "2+3=5;5+4=9"]
+    for heed, where in ((True, "theta_prime"), (False, "theta")):
+        told = explicit.heeding(inner, [heed] * text.VOCAB)
+        said = explicit.asked(tiny, told, qs, thinks, qs, "whole")
+        assert said == meta.answers(tiny, qs, thinks, inner, where)
+    closing = explicit.heeding(inner, [i == text.END_THINK for i in range(text.VOCAB)])
+    support, _ = tensors([Task(qs[0], thinks[:1])])
+    h = tiny(support.ids)
+    alone = support.inner.masked_fill(support.inner != text.END_THINK, text.IGNORE)
+    torch.testing.assert_close(closing.loss(tiny, h, support.inner), inner.loss(tiny, h, alone))
 
 def test_every_token_has_a_kind():
     kinds = ["operand", "operator", "operand", "operator", "slip", *["W"] * 6, "end", "operand",
