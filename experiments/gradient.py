@@ -1,6 +1,6 @@
 """Is the trajectory's implicit update a gradient step on L_q? (Eq. 4, which asserts it)
 
-Cosine of each increment of the exact patch with -grad L_q at the current patched weights, eight
+Cosine of each increment of the exact patch with -grad L_q at the current patched weights, four
 random tokens of a correct trajectory a question, averaged. Three controls: the trajectory's tokens
 shuffled, another question's trajectory, an untrained model.
 
@@ -22,7 +22,7 @@ from lab.figure import COLOURS, panels, whisker, whiskers, zero_line
 from lab.verdict import decide, interval, spoken
 
 CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
-TOKENS = 8                                  # drawn a question
+TOKENS = 4                                  # drawn a question
 CONDITIONS = {"trained": COLOURS["correct"], "shuffled": COLOURS["filler"],
               "another question's": COLOURS["other"], "untrained": COLOURS["light"]}
 

@@ -42,7 +42,11 @@ def read(path):
 def page(folder, pictures=""):
     """The page as text; pictures: where they lie, seen from it."""
     parts, found = ["# Results"], results(folder)
-    parts.append("Written by `lab/page.py` from the JSON beside each figure.")
+    parts.append(textwrap.fill(
+        "Written by `lab/page.py` from the JSON beside each figure. Intervals are of 95 %: Wilson's for "
+        "shares, a bootstrap over questions, and over seeds and questions a t interval with "
+        "Satterthwaite's degrees of freedom; before one refutes, it is widened for the number of "
+        "margins (Bonferroni). Figures of revisions before 798f59a had bootstraps only.", 100))
     mixed = runs_that_changed(found)
     if mixed:
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
