@@ -43,7 +43,7 @@ class Train:
     overwrite: bool = False         # replace the run in --out
     ask: str = ""                   # do not train: answer this question with the model in --out
     seed: int = 0                   # [0, 1e9] of weights and data
-    steps: int = 1400               # [1, 1e9] optimiser steps
+    steps: int = 1500               # [1, 1e9] optimiser steps
     batch: int = 64                 # [1, 1e6] samples a step (grpo, dpo: trajectories)
     chunks: int = 1                 # [1, 1e4] sft: pieces of a batch, gradients summed: less memory
     layers: int = 4                 # [1, 200] transformer blocks
