@@ -86,7 +86,7 @@ class Example(NamedTuple):
 
 class Mix(NamedTuple):
     """What training samples are made of. `operands` are weights in the order of TRAINED."""
-    domains: dict = {"expr": 0.42, "sum": 0.35, "modsum": 0.23}
+    domains: dict = {"expr": 0.45, "sum": 0.37, "modsum": 0.18}
     operands: dict = {"expr": (1, 3, 6), "sum": (1, 3, 5, 2), "modsum": (2, 3, 5)}
     style: str = "long"             # several, separated by commas, are drawn evenly
     harder: int = 2                 # questions drawn for a sample, which takes the hardest
