@@ -6,8 +6,9 @@ where every hidden unit is silent, layer by layer and another one for every posi
 `proposition` tries the paper's own construction in its own setting, as printed and mended.
 
 Supported if the largest error of the answer's logits is below 1e-4 in float32 and 1e-10 in float64,
-for a theta' a position and for the single one, and a hundred times smaller than both the unpatched error and that of another question's patch: mean
-orders of magnitude to spare, 95 % intervals above 0; refuted if one lies below 0. It holds for an
+for a theta' a position and for the single one, and a hundred times smaller than both the unpatched
+error and that of another question's patch: mean orders of magnitude to spare, 95 % intervals above
+0; refuted if one lies below 0. It holds for an
 untrained model as well: a theorem on what weights can do, not on what they were trained for.
 """
 from typing import NamedTuple

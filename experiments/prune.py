@@ -1,8 +1,9 @@
 """Has a long trajectory a short equivalent? (Fig. 11)
 
 Steps of the model's own trajectory are deleted until none is left: the step with the least |change
-of L_hat|, measured again after every deletion; a random one; the last (budget forcing). Beside them the oracle's `short`
-trajectory. Each also with its last result cut off, as a control for the answer's standing there.
+of L_hat|, measured again after every deletion; a random one; the last (budget forcing). Beside them
+the oracle's `short` trajectory. Each also with its last result cut off, as a control for the
+answer's standing there.
 
 Supported if the short one is as good as the whole (within 5 points), and deletion by the least
 change (to half the steps) beats random deletion, with and without the last result: 95 % intervals

@@ -1,8 +1,8 @@
 """What does each trick buy on this machine?
 
 Ratios of time, slow over fast, every one the median of five interleaved repeats in one process (the
-slowest three), both sides warmed up; and the share of the machine's own matmul rate that a whole SFT
-step reaches, in float32 and in bfloat16, counted in tokens that are no padding, times 6, times
+slowest three), both sides warmed up; and the share of the machine's own matmul rate that a whole
+SFT step reaches, in float32 and in bfloat16, counted in tokens that are no padding, times 6, times
 parameters. No claim: measured, on a machine that does nothing else.
 """
 import random

@@ -16,10 +16,10 @@ PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints"
 # Tables that no experiment has written: {file: what they are}
 NOTES = {
     "robust": "`python tests/robust.py --long`, an attack on runs and files:",
-    "tried": "What was tried while the recipe of `train.py` was chosen for speed, what did not help "
-             "too. A run each (two numbers: two seeds) of a script that was not kept, on one core: "
-             "percent of 200 to 400 *validation* questions. Differences below four points are noise. "
-             "What was chosen is measured in `race`."}
+    "tried": "What was tried while the recipe of `train.py` was chosen for speed, what did not "
+             "help too. A run each (two numbers: two seeds) of a script that was not kept, on one core: "
+             "percent of 200 to 400 *validation* questions. Differences below four points are "
+             "noise. What was chosen is measured in `race`."}
 
 
 def results(folder):
@@ -43,8 +43,8 @@ def page(folder, pictures=""):
     """The page as text; pictures: where they lie, seen from it."""
     parts, found = ["# Results"], results(folder)
     parts.append(textwrap.fill(
-        "Written by `lab/page.py` from the JSON beside each figure. Intervals are of 95 %: Wilson's for "
-        "shares, a bootstrap over questions, and over seeds and questions a t interval with "
+        "Written by `lab/page.py` from the JSON beside each figure. Intervals are of 95 %: "
+        "Wilson's for shares, a bootstrap over questions, and over seeds and questions a t interval with "
         "Satterthwaite's degrees of freedom; before one refutes, it is widened for the number of "
         "margins (Bonferroni). Figures of revisions before 798f59a had bootstraps only.", 100))
     mixed = runs_that_changed(found)
@@ -55,7 +55,8 @@ def page(folder, pictures=""):
     for name, line in NOTES.items():
         note = Path(folder) / f"{name}.md"
         if note.exists():
-            parts += [f"## {name}", textwrap.fill(line, 100), note.read_text(encoding="utf-8").strip()]
+            table = note.read_text(encoding="utf-8").strip()
+            parts += [f"## {name}", textwrap.fill(line, 100), table]
     return "\n\n".join(parts) + "\n"
 
 def runs_that_changed(results):

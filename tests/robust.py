@@ -26,7 +26,7 @@ ROWS = [
     ("a hostile command line of one of the three scripts", hostile, 200, 2000,
      "one line, exit code 2, nothing written, within 2 s"),
     ("such a line in a process of its own", hostile_process, 1, 30, "the same"),
-    ("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 3, 30,
+    ("kill -9 at a random moment (sft, grpo, meta), then --resume", kill, 9, 30,
      "weights, optimisers and log of a run never stopped, bit for bit"),
     ("the same seed again", once_more, 1, 1, "the same bits"),
     ("SIGINT, SIGTERM", stop, 2, 2, "saved, exit codes 130, 143"),
