@@ -17,9 +17,9 @@ PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints"
 NOTES = {
     "robust": "`python tests/robust.py --long`, an attack on runs and files:",
     "tried": "What was tried while the recipe of `train.py` was chosen for speed, what did not "
-             "help too. A run each (two numbers: two seeds) of a script that was not kept, on one "
-             "core: percent of 200 to 400 *validation* questions. Differences below four points are "
-             "noise. What was chosen is measured in `race`."}
+             "help too. A run each (two numbers: two seeds) of a script that was not kept, on "
+             "one core: percent of 200 to 400 *validation* questions. Differences below four "
+             "points are noise. What was chosen is measured in `race`."}
 
 
 def results(folder):
@@ -44,9 +44,10 @@ def page(folder, pictures=""):
     parts, found = ["# Results"], results(folder)
     parts.append(textwrap.fill(
         "Written by `lab/page.py` from the JSON beside each figure. Intervals are of 95 %: "
-        "Wilson's for shares, a bootstrap over questions, and over seeds and questions a t interval "
-        "with Satterthwaite's degrees of freedom; before one refutes, it is widened for the number of "
-        "margins (Bonferroni). Figures of revisions before 798f59a had bootstraps only.", 100))
+        "Wilson's for shares, a bootstrap over questions, and over seeds and questions a t "
+        "interval with Satterthwaite's degrees of freedom; before one refutes, it is widened "
+        "for the number of margins (Bonferroni). Figures of revisions before 798f59a had "
+        "bootstraps only.", 100))
     mixed = runs_that_changed(found)
     if mixed:
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "
