@@ -405,17 +405,20 @@ def load_meta(path, device="cpu"):
 
 CONDITIONS = ("whole", "own", "cut", "cut2", "cut3", "other", "corrupted_early", "corrupted_last")
 
-def answers(model, questions, thinks, inner=None, where="theta_prime", mode="whole", size=256):
+def answers(model, questions, thinks, inner=None, where="theta_prime", mode="whole", size=256,
+            givers=None):
     """Greedy answers (texts) of Questions, one trajectory text each (or a list of texts: several).
 
     where: 'theta' answers after `<think></think>`; 'theta_prime' too, but from weights moved along
-    the trajectory, which is not in the context; 'in_context' answers after the trajectory."""
+    the trajectory, which is not in the context; 'in_context' answers after the trajectory.
+    givers: the questions behind which theta_prime read the trajectories, default those asked."""
     out = []
     for i in range(0, len(questions), size):
         qs, ts = questions[i:i + size], thinks[i:i + size]
         fast = None
         if where == "theta_prime":
-            tasks = [Task(q, [t] if isinstance(t, str) else t) for q, t in zip(qs, ts)]
+            read = (givers or questions)[i:i + size]
+            tasks = [Task(q, [t] if isinstance(t, str) else t) for q, t in zip(read, ts)]
             fast = adapted(model, inner, tasks, mode)[0]
         shown = ts if where == "in_context" else [""] * len(qs)
         prompts = [text.prompt(q.text, t) for q, t in zip(qs, shown)]

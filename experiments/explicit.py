@@ -24,11 +24,11 @@ import torch
 
 from analyze import cosines, curves_of, explicit_curves, others_of, questions_of, untrained
 from data import arithmetic, text
-from data.tasks import Task, without_results
+from data.tasks import without_results
 from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, zero_line
 from lab.score import averaged, held_out
 from lab.verdict import banded, interval
-from meta import CONDITIONS, Inner, adapted, another, answers, meta_test, outcomes
+from meta import CONDITIONS, Inner, another, answers, meta_test, outcomes
 
 CLAIM = "Eq. 4: an inner loop along the trajectory carries what the answer needs"
 
@@ -95,13 +95,14 @@ def carriers(model, inner, qs, thinks, mode, rng):
     """Where the answer may come from, last results cut -> {what: right, or said? a question}"""
     cut, others = [without_results(t, 1) for t in thinks], [another(q, qs, rng) for q in qs]
     closing = [token == text.END_THINK for token in range(text.VOCAB)]
+    only, rest = heeding(inner, closing), heeding(inner, np.invert(closing))
     rows = {
-        "all of it": asked(model, inner, qs, cut, qs, mode),
-        "</think> alone": asked(model, heeding(inner, closing), qs, cut, qs, mode),
-        "all but </think>": asked(model, heeding(inner, np.invert(closing)), qs, cut, qs, mode),
-        "behind another question": asked(model, inner, others, cut, qs, mode)}
+        "all of it": answers(model, qs, cut, inner, mode=mode),
+        "</think> alone": answers(model, qs, cut, only, mode=mode),
+        "all but </think>": answers(model, qs, cut, rest, mode=mode),
+        "behind another question": answers(model, qs, cut, inner, mode=mode, givers=others)}
     right = {name: [arithmetic.verify(q, a) for q, a in zip(qs, row)] for name, row in rows.items()}
-    said = asked(model, inner, qs, cut, others, mode)
+    said = answers(model, others, cut, inner, mode=mode, givers=qs)
     right["asked another: right"] = [arithmetic.verify(q, a) for q, a in zip(others, said)]
     right["asked another: says this one's"] = [a == q.answer for q, a in zip(qs, said)]
     return right
@@ -109,21 +110,8 @@ def carriers(model, inner, qs, thinks, mode, rng):
 def heeding(inner, tokens):
     """An inner loop whose loss knows some tokens of the vocabulary only (a bool each)."""
     new = copy.deepcopy(inner)
-    new.weight.data *= torch.tensor(tokens)
+    new.weight.data *= torch.tensor(tokens, device=new.weight.device)
     return new
-
-def asked(model, inner, givers, thinks, questions, mode):
-    """Answers (texts) to questions, each from a theta' moved along a trajectory behind a question,
-    its giver."""
-    said = []
-    for i in range(0, len(questions), 256):
-        part = slice(i, i + 256)
-        given = [Task(q, [t]) for q, t in zip(givers[part], thinks[part])]
-        fast, _ = adapted(model, inner, given, mode)
-        prompts = [text.prompt(q.text, "") for q in questions[part]]
-        rows = model.generate(prompts, text.EOS, 4, pad=text.PAD, hook=fast)
-        said += map(text.decode, rows)
-    return said
 
 def plain_steps(model, names, qs, thinks, rng):
     """Gradient steps on a model that never was meta-trained, the best of GRID on 50 validation
@@ -135,7 +123,8 @@ def plain_steps(model, names, qs, thinks, rng):
         def test(setting, questions, trajectories, n=n):
             rate, tau, K = setting
             cut = [without_results(t, n) for t in trajectories]
-            said = answers(model, questions, cut, Inner(names, K, rate, tau))
+            inner = Inner(names, K, rate, tau).to(model.head.weight.device)
+            said = answers(model, questions, cut, inner)
             return [arithmetic.verify(q, a) for q, a in zip(questions, said)]
         best = max(GRID, key=lambda setting: sum(test(setting, val, shown)))
         right[condition] = test(best, qs, thinks)

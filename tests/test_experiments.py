@@ -173,7 +173,7 @@ def test_an_inner_loss_heeds_the_tokens_it_is_told_to(tiny):
     thinks = ["3+5=8;8*2=16", "9-4=5", "2+3=5;5+4=9"]
     for heed, where in ((True, "theta_prime"), (False, "theta")):
         told = explicit.heeding(inner, [heed] * text.VOCAB)
-        said = explicit.asked(tiny, told, qs, thinks, qs, "whole")
+        said = meta.answers(tiny, qs, thinks, told)
         assert said == meta.answers(tiny, qs, thinks, inner, where)
     closing = explicit.heeding(inner, [i == text.END_THINK for i in range(text.VOCAB)])
     support, _ = tensors([Task(qs[0], thinks[:1])])
