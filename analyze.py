@@ -189,12 +189,14 @@ def curves_of(model, questions, thinks, answers=None, size=64):
 
 # ------------------------------------------------ L_q(theta'_i), the explicit inner loop (Eq. 4)
 
-def explicit_curves(model, inner, questions, thinks, mode="whole", size=512):
+def explicit_curves(model, inner, questions, thinks, mode="whole", size=512, solved=None):
     """L_q(theta'_i) for i = 0..|t|: theta'_i from the inner loop on the first i tokens, the query
     without any trajectory. The counterpart of `prefix_nll`.
 
-    Every prefix runs its own inner loop, as one more question of a batch (i = 0: theta itself)."""
-    prefixes = [tasks.Task(q, [t[:i]]) for q, t in zip(questions, thinks)
+    Every prefix runs its own inner loop, as one more question of a batch (i = 0: theta itself).
+    solved: the questions that the trajectories solve, default those asked."""
+    prefixes = [tasks.Task(q, [t[:i]], solved=behind)
+                for q, t, behind in zip(questions, thinks, solved or questions)
                 for i in range(1, len(t) + 1)]
     moved = []
     for i in range(0, len(prefixes), size):

@@ -29,10 +29,10 @@ from lab import flags                               # first: Ctrl-C from here on
 import fnmatch
 import math
 import random
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -74,10 +74,8 @@ class Meta:
     first_order: float = 0.0        # [0, 1] first share of the meta-steps taken first order
     joint: float = 1.0              # [0, 1e9] weight of the in-context loss
     context_grad: str = "full"      # {full, detached} detached: the answer's none through t
-    cut: float = 0.6                # [0, 1] share of trajectories that miss results, in the end
-    missing: str = "7,2,1"          # how often 1, 2, 3 results are missing from such a trajectory
-    cut_from: float = 0.1           # [0, 1] share of the meta-steps before cutting begins
-    cut_full: float = 0.4           # [0, 1] share of the meta-steps when cutting reaches --cut
+    further: float = 0.5            # [0, 1] share that asks an operation beyond the trajectory
+    cut: float = 0.9                # [0, 1] share of the others whose trajectory is cut
     lr: float = 0.02                # (0, 1e9] of Muon, for the hidden matrices
     lr_adam: float = 0.005          # (0, 1e9] of AdamW, for the rest; inner rates: four times that
     warmup: int = 20                # [0, 1e9] meta-steps of linear warm-up
@@ -100,7 +98,7 @@ class Meta:
 
 class Inner(nn.Module):
     """What the inner loop learns for itself: a rate for every fast layer and step, and, if asked, a
-    weight for every kind of token.
+    weight for every kind of token. `heeded` (VOCAB,) takes kinds of tokens out of its loss.
 
     tau is the temperature of its loss, the NLL of softmax(logits / tau). At 1 the gradient of a
     token that the model is sure of vanishes, and the results of a trajectory are such tokens: a hot
@@ -112,6 +110,7 @@ class Inner(nn.Module):
         start = math.log(alpha) if alpha else -math.inf
         self.log_alpha = nn.Parameter(torch.full((len(self.names), K), start))
         self.weight = nn.Parameter(torch.ones(text.VOCAB), requires_grad=weigh)
+        self.register_buffer("heeded", torch.ones(text.VOCAB), persistent=False)
 
     @property
     def lowest(self):
@@ -124,7 +123,7 @@ class Inner(nn.Module):
     def loss(self, model, h, targets):
         """Summed over a question's tokens, so that every token is an update of its own (Eq. 4) and
         a longer trajectory moves theta further."""
-        weight = self.weight[targets.clamp(min=0)]
+        weight = (self.weight * self.heeded)[targets.clamp(min=0)]
         return (model.score(h, targets, self.tau) * weight).sum()
 
 
@@ -382,7 +381,7 @@ def inner_of(model, c, device):
     layers = fast_layers(model, c.fast, c.algo)
     inner = Inner(layers, c.K, c.alpha, c.tau, c.weigh).to(device)
     if c.unclosed:
-        inner.weight.data[text.END_THINK] = 0.0
+        inner.heeded[text.END_THINK] = 0.0
     return inner
 
 def load_meta(path, device="cpu"):
@@ -403,22 +402,30 @@ def load_meta(path, device="cpu"):
 
 # ------------------------------------------------------------------------------------- meta-test
 
-CONDITIONS = ("whole", "own", "cut", "cut2", "cut3", "other", "corrupted_early", "corrupted_last")
+CONDITIONS = ("further", "further_other", "further_wrong", "whole", "own", "cut", "cut2", "other",
+              "corrupted_early", "corrupted_last")
+
+class Trial(NamedTuple):
+    """What a question is tried with: a trajectory as text, the question that it solves, and the
+    answer that follows if one believes it, or copies it: not the right one, or None."""
+    think: str
+    solved: arithmetic.Question
+    implied: str = None
 
 def answers(model, questions, thinks, inner=None, where="theta_prime", mode="whole", size=256,
-            givers=None):
+            solved=None):
     """Greedy answers (texts) of Questions, one trajectory text each (or a list of texts: several).
 
     where: 'theta' answers after `<think></think>`; 'theta_prime' too, but from weights moved along
     the trajectory, which is not in the context; 'in_context' answers after the trajectory.
-    givers: the questions behind which theta_prime read the trajectories, default those asked."""
+    solved: the questions behind which theta_prime reads the trajectories, default those asked."""
     out = []
     for i in range(0, len(questions), size):
         qs, ts = questions[i:i + size], thinks[i:i + size]
         fast = None
         if where == "theta_prime":
-            read = (givers or questions)[i:i + size]
-            tasks = [Task(q, [t] if isinstance(t, str) else t) for q, t in zip(read, ts)]
+            tasks = [Task(q, [t] if isinstance(t, str) else t, solved=behind)
+                     for q, t, behind in zip(qs, ts, (solved or questions)[i:i + size])]
             fast = adapted(model, inner, tasks, mode)[0]
         shown = ts if where == "in_context" else [""] * len(qs)
         prompts = [text.prompt(q.text, t) for q, t in zip(qs, shown)]
@@ -435,26 +442,41 @@ def adapted(model, inner, tasks, mode="whole"):
     return fast, query
 
 def trial(q, others, condition, rng):
-    """-> (trajectory text, the answer it implies) of a question under a condition, or None where
-    there is no such trajectory.
+    """-> the Trial of a question under a condition, or None where there is none.
 
-    cut, cut2, cut3: without the last 1, 2, 3 results. other: another question's. corrupted_*: one
-    result wrong, consistent after it."""
+    further: a whole trajectory of the question less its last operation, which nothing but the
+    question says; implied is what that came to, a copy. further_other: such a one of another
+    question. further_wrong: its last result is wrong; implied is the last operation on that.
+    cut, cut2: the question's own without the last 1, 2 results. other: another question's whole
+    one. corrupted_*: one result wrong, consistent after it."""
+    if condition.startswith("further"):
+        return further_trial(q, others, condition, rng)
     if condition.startswith("corrupted"):
         early = condition.endswith("early")
         if early and q.operands == 2:
             return None
         slip = arithmetic.corrupt(q, rng, rng.randrange(q.operands - 2) if early else -1)
-        return slip and (";".join(slip[0]), slip[1])
+        return slip and Trial(";".join(slip[0]), q, slip[1])
     if condition == "other":
         other = another(q, others, rng)
-        if other is None:
-            return None
-        steps, implied = arithmetic.steps(other, rng)
-        return ";".join(steps), implied
+        return other and Trial(arithmetic.trajectory(other, rng), q, other.answer)
     n = int(condition[3:] or 1) if condition.startswith("cut") else 0
     steps = arithmetic.steps(q, rng)[0]
-    return (without_results(";".join(steps), n), q.answer) if n <= len(steps) else None
+    return Trial(without_results(";".join(steps), n), q) if n <= len(steps) else None
+
+def further_trial(q, others, condition, rng):
+    solved = arithmetic.part(q)
+    if not solved:
+        return None
+    if condition == "further_wrong":
+        slip = arithmetic.corrupt(solved, rng, -1)
+        implied = slip and arithmetic.onward(q, int(slip[1]))
+        return Trial(";".join(slip[0]), solved, implied) if implied else None
+    if condition == "further_other":
+        solved = another(solved, list(filter(None, map(arithmetic.part, others))), rng)
+        return solved and Trial(arithmetic.trajectory(solved, rng), solved)
+    implied = solved.answer if solved.answer != q.answer else None
+    return Trial(arithmetic.trajectory(solved, rng), solved, implied)
 
 def another(q, questions, rng):
     """One of the questions with another answer; None if there is none."""
@@ -463,29 +485,27 @@ def another(q, questions, rng):
 
 def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=None):
     """Answers under a condition -> {theta, theta_prime, in_context: list of bool, right or not;
-    implied, implied_in_context: what the trajectory implies, where that differs from the truth}.
+    implied, implied_in_context: is it what the trajectory implies, where that is not right?}
 
     written: the trajectories that the model wrote itself, for `own`. {} if there is no trial."""
     rng = random.Random(f"{seed}/{questions[0].text}/{condition}")
     if condition == "own":
-        trials = [(q, (t, "")) for q, t in zip(questions, written) if t and text.plain(t)]
+        trials = [(q, Trial(t, q)) for q, t in zip(questions, written) if t and text.plain(t)]
     else:
         trials = [(q, trial(q, questions, condition, rng)) for q in questions]
         trials = [(q, t) for q, t in trials if t]
     if not trials:
         return {}
-    qs = [q for q, _ in trials]
-    thinks, implied = zip(*(t for _, t in trials))
-    misleads = condition == "other" or condition.startswith("corrupted")
+    qs, thinks = [q for q, _ in trials], [t.think for _, t in trials]
     row = {}
     for where in ("theta", "theta_prime", "in_context"):
         if where == "theta_prime" and inner is None:
             continue
-        got = answers(model, qs, list(thinks), inner, where, mode)
+        got = answers(model, qs, thinks, inner, where, mode, solved=[t.solved for _, t in trials])
         row[where] = [arithmetic.verify(q, a) for q, a in zip(qs, got)]
-        if misleads and where != "theta":
-            key = "implied" if where == "theta_prime" else "implied_in_context"
-            row[key] = [a == i for a, i in zip(got, implied)]
+        implied = [a == t.implied for (_, t), a in zip(trials, got) if t.implied]
+        if implied and where != "theta":
+            row["implied" if where == "theta_prime" else "implied_in_context"] = implied
     return row
 
 def meta_test(model, inner, cells, n, mode="whole", seed=0):
@@ -525,14 +545,8 @@ def configure(c, given):
     if not set(c.operands.split(",")) <= set(counts):
         fail(f"--operands={c.operands}: {c.domain} is trained on {', '.join(counts)}; a list of "
              "them is expected, such as 3,4")
-    number = r"\d+(\.\d+)?"
-    three = re.fullmatch(f"{number},{number},{number}", c.missing, re.ASCII)
-    if not three or not any(map(float, c.missing.split(","))):
-        fail(f"--missing={c.missing} is not three weights such as 7,2,1")
     if c.algo == "reptile" and c.inner != "whole":
         fail(f"--algo=reptile steps on whole trajectories: leave --inner={c.inner} out")
-    if c.cut_from > c.cut_full:
-        fail(f"--cut_from={c.cut_from} comes after --cut_full={c.cut_full}")
     return c
 
 def main():

@@ -93,6 +93,29 @@ def question(domain, state):
         text += f"%{MODULUS}"
     return Question(domain, state, text, str(fold(domain, state)))
 
+def part(q):
+    """The question less its last operation: `((3+5)*2)-7` -> `(3+5)*2`, `12+7+30` -> `12+7`. None
+    where that leaves no question, or as in `(3+5)*(2+4)` two of them."""
+    if q.operands == 2:
+        return None
+    if q.domain != "expr":
+        return question(q.domain, q.state[:-1])
+    _, left, right = q.state
+    if not isinstance(left, int) and not isinstance(right, int):
+        return None
+    return question(q.domain, right if isinstance(left, int) else left)
+
+def onward(q, v):
+    """What the question's last operation makes of v, in place of the value of `part(q)`: text, None
+    where that is out of bounds or the answer all the same."""
+    if q.domain == "expr":
+        op, left, right = q.state
+        answer = apply(op, left, v) if isinstance(left, int) else apply(op, v, right)
+    else:
+        answer = fold(q.domain, (v, q.state[-1]))
+    bounded = q.domain != "expr" or 0 <= answer < 100
+    return str(answer) if bounded and str(answer) != q.answer else None
+
 def digits(q):
     """How many digits a question's numbers have, and in `expr` its partial results. 0 in `modsum`,
     where large numbers are no rarer than others."""
@@ -104,17 +127,23 @@ def digits(q):
     return 0 if q.domain == "modsum" else sum(len(str(n)) for n in q.state)
 
 def canonical(q):
-    """One text for all questions that differ only in the order of commuting operands."""
-    def sort(node):
+    """One text for all questions that differ only in how sums and differences, or products, are
+    ordered and grouped: `3+(5-2)` and `(5+3)-2` are both `+3+5-2`."""
+    def terms(node, sign="+"):
+        if isinstance(node, int) or node[0] == "*":
+            return [sign + "*".join(sorted(factors(node)))]
+        other = "-" if sign == "+" else "+"
+        return terms(node[1], sign) + terms(node[2], sign if node[0] == "+" else other)
+
+    def factors(node):
         if isinstance(node, int):
-            return str(node)
-        left, right = sort(node[1]), sort(node[2])
-        if node[0] != "-" and right < left:
-            left, right = right, left
-        return f"({left}{node[0]}{right})"
+            return [str(node)]
+        if node[0] == "*":
+            return factors(node[1]) + factors(node[2])
+        return [f"({''.join(sorted(terms(node)))})"]
 
     if q.domain == "expr":
-        return sort(q.state)[1:-1]
+        return "".join(sorted(terms(q.state)))
     if q.domain == "diff":
         return q.text
     return question(q.domain, tuple(sorted(q.state, key=str))).text

@@ -17,10 +17,12 @@ ANYWHERE = 0.15
 
 
 class Task(NamedTuple):
-    """A question, its support trajectories as text, and whether they run to the end."""
+    """A question, support trajectories as text, whether they run to their end, and the question
+    that they solve (None: the same)."""
     question: arithmetic.Question
     thinks: list
     whole: bool = True
+    solved: arithmetic.Question = None
 
 
 def without_results(think, n):
@@ -34,36 +36,36 @@ def without_results(think, n):
     return ";".join([*steps[:-n], steps[-n].split("=")[0] + "="])
 
 def tasks_at(step, c):
-    """The tasks of a meta-step: a pure function of (seed, step). A curriculum: whole trajectories
-    at first, then more and more without their last results, or cut off anywhere."""
+    """The tasks of a meta-step: a pure function of (seed, step)."""
     rng = random.Random(f"meta/{c.seed}/{step}")
-    ramp = (step / c.steps - c.cut_from) / max(1e-9, c.cut_full - c.cut_from)
-    share = c.cut * min(1, max(0, ramp))
-    missing, tasks = [float(w) for w in c.missing.split(",")], []
-    for _ in range(c.batch):
-        q, thinks = question_at(rng, c)
-        whole = rng.random() >= share
-        if not whole:
-            n = rng.choices((1, 2, 3), missing)[0]
-            anywhere = rng.random() < ANYWHERE
-            for i, t in enumerate(thinks):
-                cut = t[:rng.randrange(1, len(t))] if anywhere else None
-                thinks[i] = cut or without_results(t, min(n, t.count("=")))
-        tasks.append(Task(q, thinks, whole))
-    return tasks
+    return [task_at(rng, c) for _ in range(c.batch)]
 
+def task_at(rng, c):
+    """A task that copying cannot solve: what is asked is an operation beyond what the trajectories
+    solve, or their own last result, which they miss. (A few are whole, or cut off anywhere.)"""
+    further = rng.random() < c.further
+    q, solved, thinks = question_at(rng, c, further)
+    whole = further or rng.random() >= c.cut
+    if not whole:
+        anywhere = rng.random() < ANYWHERE
+        for i, t in enumerate(thinks):
+            thinks[i] = t[:rng.randrange(1, len(t))] if anywhere else without_results(t, 1)
+    return Task(q, thinks, whole, solved)
 
-def question_at(rng, c):
-    """A question and c.support distinct trajectories of it. ValueError if one question after the
-    other has too few."""
-    last = 400 // c.support
-    for attempt in range(last + 1):
+def question_at(rng, c, further):
+    """-> (a question, the one that its trajectories solve: itself, or itself less an operation,
+    c.support of them). ValueError if one question after the other has not so many."""
+    for _ in range(max(2, 400 // c.support)):
         q = arithmetic.draw(rng, c.domain, rng.choice(c.counts))
+        solved = arithmetic.part(q) if further else q
         try:
-            return q, [";".join(steps) for steps in arithmetic.distinct(q, rng, c.support)]
+            distinct = arithmetic.distinct(solved, rng, c.support) if solved else []
         except ValueError:                          # such as (6-(3-3))*8, which has one
-            if attempt == last:
-                raise
+            distinct = []
+        if distinct:
+            return q, solved, [";".join(steps) for steps in distinct]
+    raise ValueError(f"questions of {c.operands} operands have fewer than --support={c.support} "
+                     "distinct trajectories" + " less an operation" * further)
 
 
 # --------------------------------------------------------------------------------------- tensors
@@ -88,7 +90,8 @@ def tensors(tasks, device="cpu"):
     an empty trajectory."""
     rows, inner, joint, step, section = [], [], [], [], []
     for task in tasks:
-        head, answer = text.prompt(task.question.text), text.answer(task.question.answer)
+        solved = task.solved or task.question
+        head, answer = text.prompt(solved.text), text.answer(solved.answer)
         for think in task.thinks:
             if not think:
                 raise ValueError(f"{task.question.text}: an empty trajectory is no support set")
@@ -119,6 +122,7 @@ class Sizes(NamedTuple):
     joint_targets: int
 
 def sizes_of(tasks):
-    answers = [len(t.question.answer) + 1 for t in tasks]
-    joint = [len(think) + n + t.whole for t, n in zip(tasks, answers) for think in t.thinks]
-    return Sizes(len(tasks), sum(answers), sum(joint))
+    answers = sum(len(t.question.answer) + 1 for t in tasks)
+    joint = sum(len(think) + t.whole + len((t.solved or t.question).answer) + 1
+                for t in tasks for think in t.thinks)
+    return Sizes(len(tasks), answers, joint)

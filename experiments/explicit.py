@@ -1,36 +1,41 @@
-"""Can an inner loop along a trajectory carry what the answer needs? (Eq. 4, made explicit)
+"""Does theta', moved along a trajectory, reason on from there? (Eq. 4, made explicit)
 
 The trajectory in the weights beside the trajectory in the context, on the run of --meta: theta' is
-theta moved along the trajectory, and is asked the question without any.
+theta moved along a trajectory, and is asked a question without any.
 
-Supported if theta', after a trajectory whose last result is cut off, answers more held-out
-questions of the trained operand counts than theta does, and more than it does after another
-question's whole trajectory: differences with 95 % bootstrap intervals above 0, and at least half
-right. Refuted if an interval lies below 0 or contains it, else inconclusive. (With the whole
-trajectory theta' could merely copy.)
+further: the question goes an operation beyond the trajectory. After `3+5=8;8*2=16` it is
+((3+5)*2)-4: its answer stands nowhere in what the inner loop read, nor can be found while reading.
 
-That theta' answers does not yet say that it calculates. What carries the answer: the inner loss on
-</think> alone, or on all but it; the same trajectory behind another question in the inner loop;
-theta' asked another question, and whether it then says this one's answer; and plain gradient steps
-on the model that meta-training started from (rate, temperature and steps chosen on validation).
+Supported if theta' then answers more held-out questions of the trained operand counts than theta
+does, and than theta' after such a trajectory of another question; if, where the last result is
+wrong, it says what follows from that more often than what is right; and if at least half are right
+(else inconclusive). Differences with 95 % bootstrap intervals above 0; refuted if one lies below.
+
+cut: the trajectory is the question's own, without its last result. That theta' answers then need
+not be reasoning in the weights: the result can be found while reading, and written down by one
+token's gradient. What carries an answer is looked for in both: the inner loss on </think> alone, or
+on all but it; the same trajectory behind another question; theta' asked another question, and
+whether it then says this one's answer; and plain gradient steps on the model that meta-training
+started from (rate, temperature and steps chosen on validation).
 """
 import copy
 import itertools
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from analyze import cosines, curves_of, explicit_curves, others_of, questions_of, untrained
+from analyze import cosines, curves_of, explicit_curves, others_of, untrained
 from data import arithmetic, text
-from data.tasks import without_results
 from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, zero_line
+from lab.flags import fail
 from lab.score import averaged, held_out
-from lab.verdict import banded, interval
-from meta import CONDITIONS, Inner, another, answers, meta_test, outcomes
+from lab.verdict import banded, decide, interval
+from meta import CONDITIONS, Inner, another, answers, meta_test, trial
 
-CLAIM = "Eq. 4: an inner loop along the trajectory carries what the answer needs"
+CLAIM = "Eq. 4: theta', moved along a trajectory, carries its results and reasons on from them"
 
 # {where the answer comes from: (label, colour)}
 WHERE = {
@@ -38,9 +43,10 @@ WHERE = {
     "theta_prime": (r"$\theta'$, trajectory in the weights", COLOURS["weights"]),
     "in_context": ("trajectory in the context", COLOURS["correct"])}
 LABELS = {
-    "whole": "whole", "own": "the model's\nown", "cut": "last result\ncut",
-    "cut2": "last 2\ncut", "cut3": "last 3\ncut", "other": "another\nquestion's",
-    "corrupted_early": "wrong early,\nconsistent", "corrupted_last": "last result\nwrong"}
+    "further": "an operation\nbeyond it", "further_wrong": "the same,\nits result wrong",
+    "further_other": "the same,\nanother's", "whole": "its own,\nwhole",
+    "cut": "last result\ncut", "cut2": "last 2\ncut", "other": "another\nquestion's",
+    "corrupted_last": "its own,\nresult wrong"}
 CURVES = {
     "context": ("in the context", COLOURS["correct"]),
     "weights": (r"in the weights, $\theta'_i$", COLOURS["weights"]),
@@ -61,74 +67,86 @@ class Raw(NamedTuple):
     table: dict                             # {operands: {condition: {where: right, a question}}}
     curves: dict                            # {in which place: [the answer's loss, a question]}
     cosines: dict                           # {condition: {layer: [cosine, a question]}}
-    untrained: dict                         # `outcomes` of a model that never learned
-    carriers: dict                          # {what the answer may come from: right? a question}
-    plain: dict                             # {condition: right after plain steps? a question}
+    carriers: dict                          # {condition: {what was changed: right? a question}}
 
 
 def measure(c, run, model):
     plain, (model, inner, config) = model, run
     mode, counts = config["inner"], [int(k) for k in config["operands"].split(",")]
     domain, largest = config["domain"], max(counts)
-    cells = {domain: (*counts, largest + 1)}
-    table = meta_test(model, inner, cells, c.questions, mode, c.seed)[domain]
+    table = meta_test(model, inner, {domain: (*counts, largest + 1)}, c.questions, mode, c.seed)
 
-    rng, qs = random.Random(f"{c.seed}/explicit"), questions_of(c, domain, largest)
-    thinks = [arithmetic.trajectory(q, rng) for q in qs]
+    rng = random.Random(f"{c.seed}/explicit")
+    trials = {condition: trials_of(c, domain, largest, condition, rng)
+              for condition in ("further", "cut")}
+    qs, thinks, solved = trials["further"]
     others = others_of(qs, thinks, rng)
     curves = {
         "context": curves_of(model, qs, thinks),
-        "weights": explicit_curves(model, inner, qs, thinks, mode),
-        "other": explicit_curves(model, inner, qs, others, mode)}
+        "weights": explicit_curves(model, inner, qs, thinks, mode, solved=solved),
+        "other": explicit_curves(model, inner, qs, others, mode, solved=solved)}
 
-    same, swapped = list(zip(qs, thinks, thinks))[:100], list(zip(qs, others, thinks))[:100]
+    wholes = [arithmetic.trajectory(q, rng) for q in qs][:100]
+    others = others_of(qs[:100], wholes, rng)
+    same, swapped = list(zip(qs, wholes, wholes)), list(zip(qs, others, wholes))
     alike = {
         "trained": cosines(model, inner, same, mode),
         "untrained": cosines(untrained(model), inner, same, mode),
         "other question's trajectory": cosines(model, inner, swapped, mode)}
-    nothing = outcomes(untrained(model), inner, qs, "whole", mode, c.seed)
-    return Raw(domain, counts, inner.names, table, curves, alike, nothing,
-               carriers(model, inner, qs, thinks, mode, rng),
-               plain_steps(plain, inner.names, qs, thinks, rng))
+    carried = {}
+    for condition, (qs, thinks, solved) in trials.items():
+        carried[condition] = carriers(model, inner, qs, thinks, solved, mode, rng)
+        carried[condition]["plain steps, theta of SFT"] = plain_steps(
+            c, plain, inner.names, (qs, thinks, solved), condition, rng)
+    return Raw(domain, counts, inner.names, table[domain], curves, alike, carried)
 
-def carriers(model, inner, qs, thinks, mode, rng):
-    """Where the answer may come from, last results cut -> {what: right, or said? a question}"""
-    cut, others = [without_results(t, 1) for t in thinks], [another(q, qs, rng) for q in qs]
+def trials_of(c, domain, operands, condition, rng, part=None):
+    """Held-out questions under a condition -> (questions, trajectories, what those solve)"""
+    questions = held_out(domain, operands, 2 * c.questions, part)
+    trials = [(q, trial(q, questions, condition, rng)) for q in questions]
+    trials = [(q, t) for q, t in trials if t][:c.questions]
+    qs, solved = [q for q, _ in trials], [t.solved for _, t in trials]
+    if min(len({q.answer for q in qs}), len({q.answer for q in solved})) < 2:
+        fail(f"--questions={c.questions}: the controls need two questions with different answers")
+    return qs, [t.think for _, t in trials], solved
+
+def carriers(model, inner, qs, thinks, solved, mode, rng):
+    """Where the answer may come from -> {what was changed: right, or said? a question}"""
+    strangers = [another(q, solved, rng) for q in solved]
     closing = [token == text.END_THINK for token in range(text.VOCAB)]
-    only, rest = heeding(inner, closing), heeding(inner, np.invert(closing))
-    rows = {
-        "all of it": answers(model, qs, cut, inner, mode=mode),
-        "</think> alone": answers(model, qs, cut, only, mode=mode),
-        "all but </think>": answers(model, qs, cut, rest, mode=mode),
-        "behind another question": answers(model, qs, cut, inner, mode=mode, givers=others)}
-    right = {name: [arithmetic.verify(q, a) for q, a in zip(qs, row)] for name, row in rows.items()}
-    said = answers(model, others, cut, inner, mode=mode, givers=qs)
-    right["asked another: right"] = [arithmetic.verify(q, a) for q, a in zip(others, said)]
-    right["asked another: says this one's"] = [a == q.answer for q, a in zip(qs, said)]
-    return right
+
+    def right(inner, solved, asked=qs):
+        said = answers(model, asked, thinks, inner, mode=mode, solved=solved)
+        return said, [arithmetic.verify(q, a) for q, a in zip(asked, said)]
+
+    asked = [another(q, qs, rng) for q in qs]
+    said, right_of_asked = right(inner, solved, asked)
+    return {
+        "all of the inner loss": right(inner, solved)[1],
+        "</think> alone": right(heeding(inner, closing), solved)[1],
+        "all but </think>": right(heeding(inner, np.invert(closing)), solved)[1],
+        "behind another question": right(inner, strangers)[1],
+        "asked another: right": right_of_asked,
+        "asked another: says this one's": [a == q.answer for q, a in zip(qs, said)]}
 
 def heeding(inner, tokens):
     """An inner loop whose loss knows some tokens of the vocabulary only (a bool each)."""
     new = copy.deepcopy(inner)
-    new.weight.data *= torch.tensor(tokens, device=new.weight.device)
+    new.heeded *= torch.tensor(tokens, device=new.heeded.device)
     return new
 
-def plain_steps(model, names, qs, thinks, rng):
+def plain_steps(c, model, names, tried, condition, rng):
     """Gradient steps on a model that never was meta-trained, the best of GRID on 50 validation
-    questions -> {condition: right? a question}"""
-    val = held_out(qs[0].domain, qs[0].operands, 50, "val")
-    shown = [arithmetic.trajectory(q, rng) for q in val]
-    right = {}
-    for n, condition in enumerate(("whole", "last result cut")):
-        def test(setting, questions, trajectories, n=n):
-            rate, tau, K = setting
-            cut = [without_results(t, n) for t in trajectories]
-            inner = Inner(names, K, rate, tau).to(model.head.weight.device)
-            said = answers(model, questions, cut, inner)
-            return [arithmetic.verify(q, a) for q, a in zip(questions, said)]
-        best = max(GRID, key=lambda setting: sum(test(setting, val, shown)))
-        right[condition] = test(best, qs, thinks)
-    return right
+    questions -> right? a question"""
+    def right(setting, qs, thinks, solved):
+        rate, tau, K = setting
+        inner = Inner(names, K, rate, tau).to(model.head.weight.device)
+        said = answers(model, qs, thinks, inner, solved=solved)
+        return [arithmetic.verify(q, a) for q, a in zip(qs, said)]
+    first = tried[0][0]
+    val = trials_of(replace(c, questions=50), first.domain, first.operands, condition, rng, "val")
+    best = max(GRID, key=lambda setting: sum(right(setting, *val)))
+    return right(best, *tried)
 
 
 # ----------------------------------------------------------------------------------------- judge
@@ -140,10 +158,7 @@ def judge(raw):
         "gaps": gaps, "domain": raw.domain, "counts": raw.counts, "layers": raw.layers,
         "questions": {name: len(row["theta"]) for name, row in pooled.items()},
         "exact_match": intervals(pooled), "by_operands": averaged(raw.table),
-        "untrained": {where: interval(v) for where, v in raw.untrained.items()},
-        "carriers": {name: interval(v) for name, v in raw.carriers.items()},
-        "plain steps": {name: interval(v) for name, v in raw.plain.items()},
-        "cosine": intervals(raw.cosines),
+        "carriers": intervals(raw.carriers), "cosine": intervals(raw.cosines),
         "curves": {kind: banded(ys) for kind, ys in raw.curves.items()}}
 
 def pool(table, counts):
@@ -157,14 +172,16 @@ def pool(table, counts):
 
 def decide_on(pooled):
     """The same questions in the same order: differences are paired."""
-    cut, theta = pooled["cut"]["theta_prime"], pooled["cut"]["theta"]
-    other = pooled["other"]["theta_prime"]
-    gaps = {
-        "theta', last result cut - theta": interval(np.subtract(cut, theta, dtype=float)),
-        "theta', last result cut - another's": interval(np.subtract(cut, other, dtype=float))}
-    if min(low for _, low, _ in gaps.values()) <= 0:
-        return "refuted", gaps
-    return "supported" if np.mean(cut) >= 0.5 else "inconclusive", gaps
+    further, wrong = pooled["further"], pooled["further_wrong"]
+    right, other = further["theta_prime"], pooled["further_other"]["theta_prime"]
+    verdict, gaps = decide({
+        "further, theta' - theta": np.subtract(right, further["theta"], dtype=float),
+        "further, theta' - after another's": np.subtract(right, other, dtype=float),
+        "its result wrong, says what follows - right":
+            np.subtract(wrong["implied"], wrong["theta_prime"], dtype=float)})
+    if verdict == "supported" and np.mean(right) < 0.5:
+        verdict = "inconclusive"
+    return verdict, gaps
 
 def intervals(rows):
     """{name: {key: numbers}} -> the same with intervals."""
@@ -186,15 +203,15 @@ def draw(numbers):
 def draw_curves(ax, numbers):
     for kind, (label, colour) in CURVES.items():
         band(ax, numbers["curves"][kind], colour, label)
-    ax.set(title=f"one trajectory, two places ({numbers['domain']}, {max(numbers['counts'])} "
+    ax.set(title=f"a question an operation beyond ({numbers['domain']}, {max(numbers['counts'])} "
                  "operands)", xlabel="fraction of the trajectory read",
            ylabel="answer's NLL (nats a token)", ylim=(0, None))
-    ax.legend()
+    ax.legend(fontsize=8)
 
-def draw_bars(ax, numbers, conditions=None):
+def draw_bars(ax, numbers, conditions=LABELS):
     """Exact match by what trajectory there was, and where it was."""
-    rows = {name: row for name, row in numbers["exact_match"].items()
-            if conditions is None or name in conditions}
+    rows = {name: numbers["exact_match"][name] for name in conditions
+            if name in numbers["exact_match"]}
     for j, (where, (label, colour)) in enumerate(WHERE.items()):
         for i, row in enumerate(rows.values()):
             whisker(ax, i + (j - 1) * 0.27, row[where], colour, width=0.25,
@@ -202,35 +219,38 @@ def draw_bars(ax, numbers, conditions=None):
     marks = [(i, row["implied"][0]) for i, row in enumerate(rows.values()) if "implied" in row]
     if marks:
         ax.plot(*zip(*marks), "D", color=INK, ms=5, label=r"$\theta'$ says what it implies")
-    ax.set_xticks(range(len(rows)), [LABELS[name] for name in rows])
+    ax.set_xticks(range(len(rows)), [LABELS[name] for name in rows], fontsize=8)
     counts = " and ".join(map(str, numbers["counts"]))
-    ax.set(title=f"share right after a trajectory that is ... ({counts} operands, held out)",
+    ax.set(title=f"the question, and the trajectory read ({counts} operands, held out)",
            ylabel="share right", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
     ax.legend(ncols=2, loc="upper center")
 
 def draw_carriers(ax, numbers):
-    """Share right, last result cut, by what the inner loop was given and theta' was asked."""
-    rows = [(COLOURS["weights"], name, row) for name, row in numbers["carriers"].items()]
-    rows += [(COLOURS["light"], f"plain steps, {name}", row)
-             for name, row in numbers["plain steps"].items()]
-    for i, (colour, _, (mean, low, high)) in enumerate(rows):
-        ax.barh(i, mean, 0.7, color=colour)
-        ax.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
-    ax.set_yticks(range(len(rows)), [name for _, name, _ in rows], fontsize=8)
-    ax.set(title="which of the inner loss carries the answer?", xlabel="share right, or said",
-           xlim=(0, 1.02), ylim=(len(rows) - 0.4, -0.6))
+    """Share right, by what the inner loop was given and theta' was asked."""
+    looks = {"further": ("an operation beyond", COLOURS["weights"]),
+             "cut": ("last result cut", COLOURS["light"])}
+    names = list(numbers["carriers"]["further"])
+    for j, (condition, (label, colour)) in enumerate(looks.items()):
+        for i, (mean, low, high) in enumerate(numbers["carriers"][condition].values()):
+            y = i + 0.38 * (j - 0.5)
+            ax.barh(y, mean, 0.36, color=colour, label=label if i == 0 else None)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(title=f"what carries the answer? ({max(numbers['counts'])} operands)",
+           xlabel="share right, or said", xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
+    ax.legend(fontsize=7, loc="lower right")
 
 def draw_counts(ax, numbers):
     """Exact match by operands, the largest count never trained."""
     table = numbers["by_operands"]
     ks = [int(k) for k in table]
     for where, (_, colour) in WHERE.items():
-        styles = {"whole": "o-"} if where == "theta" else {"whole": "o-", "cut": "s--"}
+        styles = {"further": "o-", "cut": "s--"}
         for condition, style in styles.items():
             shares = [row[condition][where] for row in table.values()]
             ax.plot(ks, shares, style, color=colour, ms=4)
     ax.set_xticks(ks, [f"{k}" if k in numbers["counts"] else f"{k}\n(not trained)" for k in ks])
-    ax.set(title="solid: whole; dashed: last result cut", xlabel="operands", ylabel="share right",
+    ax.set(title="solid: an operation beyond; dashed: cut", xlabel="operands", ylabel="share right",
            ylim=(-0.03, 1.05))
 
 def draw_cosines(ax, numbers):

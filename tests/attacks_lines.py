@@ -28,7 +28,7 @@ LINES = {
         --domains=sum --operands=9 | --ask=1/0 --resume | --ask=3+5 --resume --steps=5 |
         --pool=500 --domains=expr --operands=2 --support=9""",
     "meta": """
-        --resume --overwrite | --resume | --cut_from=0.9 --cut_full=0.1 | --missing=0,0,0 | extra |
+        --resume --overwrite | --resume | extra |
         --operands=3,,4 | --domain=sum --operands=9 | --init=nowhere""",
     "analyze": """
         nope | nope --redraw | curve curve | compare | compare --arm=--steps=3 | --grid=4 |

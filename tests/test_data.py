@@ -129,7 +129,7 @@ def test_verifier_takes_plain_digits_only(bad):
 
 # ---------------------------------------------------------------------------------------- splits
 
-def test_splits_are_disjoint_up_to_commuting():
+def test_splits_are_disjoint_up_to_order_and_grouping():
     """100,000 draws from three seeds: no canonical form stands in two splits."""
     seen, rngs = {}, [random.Random(seed) for seed in (0, 1, 2)]
     for i in range(100_000):
@@ -151,18 +151,55 @@ def flipped(node):
     op, left, right = node[0], flipped(node[1]), flipped(node[2])
     return (op, left, right) if op == "-" else (op, right, left)
 
+def regrouped(node):
+    """(a + b) + c -> a + (b + c), (a + b) - c -> a + (b - c), (a - b) - c -> a - (b + c) and
+    (ab)c -> a(bc), everywhere."""
+    if isinstance(node, int):
+        return node
+    op, left, right = node[0], regrouped(node[1]), regrouped(node[2])
+    rules = {("+", "+"): ("+", "+"), ("-", "+"): ("+", "-"), ("-", "-"): ("-", "+"),
+             ("*", "*"): ("*", "*")}
+    rule = None if isinstance(left, int) else rules.get((op, left[0]))
+    return (rule[0], left[1], (rule[1], left[2], right)) if rule else (op, left, right)
+
 def test_the_order_of_commuting_operands_does_not_matter_to_a_split():
     splits = set()
     for order in itertools.permutations((3, 14, 15, 9)):
         splits.add(arithmetic.split(arithmetic.question("sum", order)))
     assert len(splits) == 1
+
+@pytest.mark.parametrize("rewritten", [flipped, regrouped])
+def test_neither_order_nor_grouping_matters_to_a_split(rewritten):
     rng, changed = random.Random(0), 0
     for _ in range(500):
         q = arithmetic.draw(rng, "expr", 4)
-        other = arithmetic.question("expr", flipped(q.state))
+        other = arithmetic.question("expr", rewritten(q.state))
         changed += q.text != other.text
+        assert arithmetic.value(other.state) == arithmetic.value(q.state)
         assert arithmetic.canonical(q) == arithmetic.canonical(other)
-    assert changed > 400
+    assert changed > 150
+
+def test_one_canonical_form_is_one_value():
+    """What the split takes for the same question is the same, if only in its answer."""
+    rng, values = random.Random(1), {}
+    for _ in range(20_000):
+        q = arithmetic.draw(rng, "expr", 3)
+        assert values.setdefault(arithmetic.canonical(q), q.answer) == q.answer
+
+def test_a_question_less_its_last_operation():
+    rng = random.Random(2)
+    for domain, k in ALL:
+        q = drawn(rng, domain, k)
+        less = arithmetic.part(q)
+        if less:
+            assert less.operands == q.operands - 1
+            assert less.text in q.text if domain == "expr" else q.text.startswith(
+                less.text.removesuffix("%97"))
+            assert arithmetic.check(less, arithmetic.trajectory(less, rng))[-1]
+    assert arithmetic.part(parse("(3+5)*2")).text == "3+5"
+    assert arithmetic.part(parse("9-(3+5)")).text == "3+5"
+    assert arithmetic.part(parse("12+7+30%97")).text == "12+7%97"
+    assert arithmetic.part(parse("(3+5)*(2+4)")) is None is arithmetic.part(parse("9-4"))
 
 
 # ------------------------------------------------------------------------------ encoding, padding

@@ -391,17 +391,33 @@ def test_meta_steps_leave_clipped_gradients_of_the_order_that_is_due(tiny, monke
     assert seen == sum(parts, [])
 
 
-def test_tasks_are_a_function_of_seed_and_step_and_follow_their_curriculum():
-    """Whole trajectories before --cut_from, a share of --cut missing results after --cut_full."""
-    c = meta.Meta(batch=300, steps=100, cut=0.6, cut_from=0.1, cut_full=0.4)
+def test_tasks_are_a_function_of_seed_and_step_and_copying_solves_few():
+    c = meta.Meta(batch=600, further=0.5, cut=0.9)
     assert tasks_at(3, c) == tasks_at(3, c) != tasks_at(4, c)
-    for step, missing in ((10, 0.0), (25, 0.3), (40, 0.6), (99, 0.6)):
-        tasks = tasks_at(step, c)
-        assert sum(not task.whole for task in tasks) / 300 == pytest.approx(missing, abs=0.1)
-        for task in tasks:
-            verdicts = [arithmetic.check(task.question, think)[-1] for think in task.thinks]
-            if task.whole:
-                assert all(verdicts)
+    tasks, copied = tasks_at(3, c), 0
+    further = [task for task in tasks if task.solved != task.question]
+    assert len(further) / 600 == pytest.approx(0.5, abs=0.06)
+    for task in further:
+        assert task.whole and task.solved == arithmetic.part(task.question)
+    for task in tasks:
+        for think in task.thinks:
+            ends = bool(arithmetic.check(task.solved, think)[-1:] == [True])
+            assert ends or not task.whole
+            copied += think.endswith(f"={task.question.answer}")
+    assert sum(not task.whole for task in tasks) / 600 == pytest.approx(0.45, abs=0.06)
+    assert copied / 600 < 0.1
+
+
+def test_a_task_of_another_question_is_read_behind_that_and_asked_as_itself(tiny):
+    """Rows by hand: the support set knows nothing of what is asked, the query nothing of what is
+    solved."""
+    q, solved = arithmetic.parse("((3+5)*2)-4"), arithmetic.parse("(3+5)*2")
+    support, query = tensors([Task(q, ["3+5=8;8*2=16"], solved=solved)])
+    assert text.decode(support.ids[0].tolist()) == "<bos>(3+5)*2<think>3+5=8;8*2=16</think>16"
+    assert text.decode(query.ids[0].tolist()) == "<bos>((3+5)*2)-4<think></think>12"
+    learned = support.inner[0][support.inner[0] >= 0].tolist()
+    assert text.decode(learned) == "3+5=8;8*2=16</think>"
+    assert sizes_of([Task(q, ["3+5=8;8*2=16"], solved=solved)]) == (1, 3, len("3+5=8;8*2=16") + 4)
 
 
 # -------------------------------------------------------------------------------------- meta-test
@@ -437,30 +453,43 @@ def test_answers_come_from_theta_from_theta_prime_or_from_the_context(tiny, mode
 
 
 def test_trials_are_what_their_conditions_say():
-    """-> the trajectory, and the answer that it implies."""
+    """-> the trajectory, the question that it solves, and the answer that it implies."""
     rng, questions = random.Random(0), [task.question for task in some_tasks(20)]
     for q in questions:
+        less = arithmetic.part(q)
         shown = {condition: meta.trial(q, questions, condition, rng)
                  for condition in meta.CONDITIONS if condition != "own"}
-        whole, answer = shown["whole"]
-        assert answer == q.answer and all(arithmetic.check(q, whole))
-        for condition, missing in (("cut", 1), ("cut2", 2), ("cut3", 3)):
-            cut, answer = shown[condition]
-            assert answer == q.answer
+        whole, solved, answer = shown["whole"]
+        assert solved == q and answer is None and all(arithmetic.check(q, whole))
+        for condition, missing in (("cut", 1), ("cut2", 2)):
+            cut, _, answer = shown[condition]
+            assert answer is None
             assert cut.endswith("=") and cut.count(";") == 3 - missing
             assert all(arithmetic.check(q, cut)[:-1])
-        other, answer = shown["other"]
+        other, _, answer = shown["other"]
         assert answer != q.answer and other.endswith(f"={answer}")
         for condition, sound in (("corrupted_early", (0, 1)), ("corrupted_last", (2,))):
-            wrong, answer = shown[condition]
+            wrong, _, answer = shown[condition]
             assert answer != q.answer and wrong.endswith(f"={answer}")
             assert sum(arithmetic.check(q, wrong)) in sound
+        further, solved, answer = shown["further"]
+        assert solved == less and answer == less.answer and all(arithmetic.check(less, further))
+        other, solved, answer = shown["further_other"]
+        assert solved.answer != less.answer and answer is None
+        assert all(arithmetic.check(solved, other))
+        wrong, solved, answer = shown["further_wrong"]
+        assert solved == less and not arithmetic.check(less, wrong)[-1]
+        result = int(wrong.rpartition("=")[2])
+        assert int(answer) == result + q.state[-1] != int(q.answer)
     two = arithmetic.parse("3+4")
     assert meta.trial(two, questions, "corrupted_early", rng) is None
     assert meta.trial(two, questions, "cut2", rng) is None
+    assert meta.trial(two, questions, "further", rng) is None
+    q = arithmetic.parse("9-(2*(1+3))")
+    assert arithmetic.onward(q, 5) == "4" and arithmetic.onward(q, 10) is None
 
 
-def made_up(model, questions, thinks, inner, where, mode):
+def made_up(model, questions, thinks, inner, where, mode, solved):
     """In a model's place: theta knows nothing, theta' what it was told, the context the truth."""
     if where == "theta":
         return [""] * len(questions)
@@ -478,6 +507,8 @@ def test_outcomes_are_right_answers_and_those_that_a_misleading_trajectory_impli
     assert meta.outcomes(tiny, inner, questions, "whole") == plain
     misled = {"theta": no, "theta_prime": no, "in_context": yes, "implied": yes,
               "implied_in_context": no}
+    assert meta.outcomes(tiny, inner, questions, "further") == misled
+    assert meta.outcomes(tiny, inner, questions, "further_wrong") == {**misled, "implied": no}
     assert meta.outcomes(tiny, inner, questions, "other") == misled
     assert meta.outcomes(tiny, inner, questions, "corrupted_last") == misled
     assert meta.outcomes(tiny, None, questions, "whole") == {"theta": no, "in_context": yes}
@@ -503,8 +534,7 @@ def checkpoint(tmp_path_factory):
     (["--algo=maml2"], "algo"), (["--algo=anil", "--fast=0.up"], "anil"),
     (["--operands=3,x"], "operands"), (["--operands=9"], "9"), (["--operands=3,,4"], "operands"),
     (["--init=/nowhere/ckpt.pt"], "nowhere"), (["--tau=0"], "--tau"),
-    (["--missing=0,0,0"], "--missing"), (["--missing=1,2"], "--missing"),
-    (["--cut_from=0.9", "--cut_full=0.1"], "--cut_full")])
+    (["--operands=2"], "operation")])
 def test_bad_input_is_one_line_and_exit_code_2(checkpoint, tmp_path, args, word, refused):
     out = tmp_path / "run"
     init = [] if args[0].startswith("--init") else [f"--init={checkpoint}"]
