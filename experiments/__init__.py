@@ -15,7 +15,8 @@ import inspect
 import re
 import shlex
 import time
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import analyze
@@ -38,26 +39,33 @@ def known():
 
 def run(name, c, device, models):
     """One experiment: its verdict, numbers and figure in OUT/figures. models: what was loaded for
-    those before it. -> what the JSON holds"""
+    those before it. -> what the JSON holds
+
+    Where --sft and --meta name several runs it is repeated on each: the numbers and the figure are
+    of the first, the verdict is of all."""
     experiment = importlib.import_module(f"experiments.{name}")
-    began, given, checkpoints = time.perf_counter(), {"c": c}, {}
-    makers = {"model": (analyze.sft_model, c.sft), "run": (analyze.meta_run, c.meta)}
-    for key in inspect.signature(experiment.measure).parameters:
-        if key in makers:
-            make, folder = makers[key]
-            if key not in models:
-                models[key] = make(c, device)
-                began = time.perf_counter()         # training is not the experiment's time
-            given[key] = models[key]
-            checkpoints[folder] = checksum(Path(folder) / "ckpt.pt")
-    verdict, numbers = experiment.judge(experiment.measure(**given))
+    wanted = inspect.signature(experiment.measure).parameters
+    judged, checkpoints, seconds = [], {}, 0.0
+    for one in each_model(c, wanted):
+        given = {"c": one}
+        for key, (make, folder) in makers(one).items():
+            if key in wanted:
+                if folder not in models:
+                    models[folder] = make(one, device)
+                given[key] = models[folder]
+                checkpoints[folder] = checksum(Path(folder) / "ckpt.pt")
+        began = time.perf_counter()                 # training is not the experiment's time
+        judged.append(experiment.judge(experiment.measure(**given)))
+        seconds += time.perf_counter() - began
+    verdict, numbers = together([verdict for verdict, _ in judged]), judged[0][1]
     result = {
         "experiment": name, "claim": experiment.CLAIM, "verdict": verdict,
         "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
-        "numbers": numbers, "checkpoints": checkpoints,
+        "numbers": numbers, "models": [dict(page.deciding(row)) for _, row in judged],
+        "checkpoints": checkpoints,
         "seeds": c.seeds if hasattr(experiment, "ARMS") or name == "compare" else None,
         "command": typed(name, c), "config": asdict(c), "revision": revision(),
-        "seconds": round(time.perf_counter() - began, 1)}
+        "seconds": round(seconds, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
     write(path, result)
     draw(path, result)
@@ -67,6 +75,33 @@ def run(name, c, device, models):
     for what, (mean, low, high) in page.deciding(numbers):
         print(f"    {what}: {mean:.3g} [{low:.3g}, {high:.3g}]")
     return result
+
+def makers(c):
+    """{name of an argument of `measure`: (what makes it, the folder it comes from)}"""
+    return {"model": (analyze.sft_model, c.sft), "run": (analyze.meta_run, c.meta)}
+
+def each_model(c, wanted):
+    """The command line for every run that --sft and --meta name, separated by commas, pair by
+    pair."""
+    sft, meta = c.sft.split(","), c.meta.split(",")
+    if {"model", "run"} <= set(wanted) and len(sft) != len(meta):
+        fail(f"{len(sft)} runs in --sft and {len(meta)} in --meta: they are looked at in pairs")
+    n = max([1] + [len(folders) for key, folders in (("model", sft), ("run", meta))
+                   if key in wanted])
+    return [replace(c, sft=sft[min(i, len(sft) - 1)], meta=meta[min(i, len(meta) - 1)])
+            for i in range(n)]
+
+def together(verdicts):
+    """Verdicts on several models, part by part: `a: supported in 3 of 3`."""
+    if len(verdicts) == 1:
+        return verdicts[0]
+    spoken = []
+    for parts in zip(*(verdict.split("; ") for verdict in verdicts)):
+        name = parts[0].rpartition(": ")[0]
+        counts = Counter(part.rpartition(": ")[2] for part in parts).most_common()
+        words = ", ".join(f"{word} in {n}" for word, n in counts)
+        spoken.append(f"{name}: {words}".removeprefix(": ") + f" of {len(verdicts)}")
+    return "; ".join(spoken)
 
 def typed(name, c):
     """What to type to run it again."""

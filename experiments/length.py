@@ -2,12 +2,14 @@
 
 long: an operation a step; short: two. padded short: dots up to long's length.
 
-Supported if long beats short at as many questions and at as many tokens, and padded short does not
-beat short by as much as long does: differences in exact match over seeds and questions, 95 %
-intervals above 0; refuted where one is below; else inconclusive.
+finer steps: long beats short at as many questions and at as many tokens.
+a token is a step: padding gives short at least half of what long has over it.
+
+Differences in exact match over seeds and questions, 95 % intervals: supported where all are above
+0; refuted where one is below; else inconclusive.
 """
 from experiments.arms import difference, differences, draw_arms, kept, run_arms, seeds_of
-from lab.verdict import decide
+from lab.verdict import decide, spoken
 
 CLAIM = "Table 2: longer trajectories are more inner steps, and better"
 SFT = "--domains=expr --operands=3,4"
@@ -22,12 +24,15 @@ def measure(c):
     return run_arms(c, ARMS)
 
 def judge(arms):
-    margins = {}
-    for other in ("short", "short, as many tokens", "padded short"):
-        margins |= difference(arms, "long", other)
-    verdict, gaps = decide(margins)
-    return verdict, {"gaps": gaps, "padding": differences(arms, [("padded short", "short")]),
-                     "arms": kept(arms)}
+    finer = difference(arms, "long", "short") | difference(arms, "long", "short, as many tokens")
+    long, short, padded = (arms[name].scores["exact"] for name in ("long", "short", "padded short"))
+    tokens = {"(padded short - short) - (long - short) / 2": (padded - short) - (long - short) / 2}
+    verdicts, gaps = {}, {}
+    for part, margins in {"finer steps": finer, "a token is a step": tokens}.items():
+        verdicts[part], gaps[part] = decide(margins)
+    return spoken(verdicts), {
+        "gaps": gaps, "padding": differences(arms, [("padded short", "short")]),
+        "arms": kept(arms)}
 
 def draw(numbers):
     arms = numbers["arms"]

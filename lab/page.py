@@ -69,13 +69,20 @@ def runs_that_changed(results):
     return [f"`{folder}`" for folder, found in digits.items() if len(found) > 1]
 
 def section(name, result, pictures):
-    margins = [f"| {what} | {mean:.3g} [{low:.3g}, {high:.3g}] |"
-               for what, (mean, low, high) in deciding(result["numbers"])]
-    head = ["| margin, above 0 where the claim holds | 95 % interval |", "|---|---|"]
-    table = "\n".join([*head, *margins])
+    others = result.get("models", [])[1:]
+    head = ["margin, above 0 where the claim holds", "95 % interval", "other models"]
+    if result["verdict"] == "measured":
+        head[0] = "what"
+    rows = []
+    for what, (mean, low, high) in deciding(result["numbers"]):
+        means = ", ".join(f"{model[what][0]:.3g}" for model in others if what in model)
+        rows.append([what, f"{mean:.3g} [{low:.3g}, {high:.3g}]", means])
+    columns = 3 if others else 2
+    rows = [head, ["---"] * 3, *rows]
+    table = "\n".join(f"| {' | '.join(row[:columns])} |" for row in rows)
     verdict = textwrap.fill(f"**{result['verdict']}**: {result['claim']}", 100)
     parts = [f"## {name}", verdict, f"![{name}]({pictures}{name}.png)", result["criterion"],
-             table if margins else "", origin(name, result)]
+             table if len(rows) > 2 else "", origin(name, result)]
     return "\n\n".join(part for part in parts if part)
 
 def origin(name, result):

@@ -74,15 +74,35 @@ def test_every_criterion_can_go_either_way(name):
     assert decide(good)[0] == "supported"
     assert decide(bad)[0] == "refuted"
 
-def test_explicit_is_judged_on_trajectories_without_their_last_result():
-    def pooled(theta, cut, other):
-        flags = {"theta": theta, "cut": cut, "other": other}
-        rows = {name: [i < 200 * share for i in range(200)] for name, share in flags.items()}
-        return {"cut": {"theta": rows["theta"], "theta_prime": rows["cut"]},
-                "other": {"theta_prime": rows["other"]}}
-    assert explicit.decide_on(pooled(0.1, 0.9, 0.0))[0] == "supported"
-    assert explicit.decide_on(pooled(0.1, 0.3, 0.0))[0] == "inconclusive"
-    assert explicit.decide_on(pooled(0.5, 0.5, 0.0))[0] == "refuted"
+def test_explicit_is_judged_on_questions_beyond_their_trajectories():
+    def pooled(theta, further, other, follows, wrong):
+        shares = {"theta": theta, "further": further, "other": other, "implied": follows,
+                  "wrong": wrong}
+        rows = {name: [i < 200 * share for i in range(200)] for name, share in shares.items()}
+        return {"further": {"theta": rows["theta"], "theta_prime": rows["further"]},
+                "further_other": {"theta_prime": rows["other"]},
+                "further_wrong": {"implied": rows["implied"], "theta_prime": rows["wrong"]}}
+    assert explicit.decide_on(pooled(0.1, 0.9, 0.0, 0.7, 0.1))[0] == "supported"
+    assert explicit.decide_on(pooled(0.1, 0.4, 0.0, 0.4, 0.1))[0] == "inconclusive"
+    assert explicit.decide_on(pooled(0.5, 0.5, 0.0, 0.4, 0.1))[0] == "inconclusive"
+    assert explicit.decide_on(pooled(0.5, 0.2, 0.0, 0.4, 0.1))[0] == "refuted"
+    assert explicit.decide_on(pooled(0.1, 0.9, 0.0, 0.1, 0.7))[0] == "refuted"
+
+def test_verdicts_on_several_models_are_counted_part_by_part():
+    together = experiments.together
+    assert together(["supported"]) == "supported"
+    assert together(["supported", "refuted", "supported"]) == "supported in 2, refuted in 1 of 3"
+    said = together(["a: yes; b: no", "a: yes; b: yes"])
+    assert said == "a: yes in 2 of 2; b: no in 1, yes in 1 of 2"
+
+def test_runs_of_two_kinds_are_looked_at_in_pairs(exits):
+    c = analyze.Analyze(sft="a,b", meta="x,y")
+    pairs = [(one.sft, one.meta) for one in experiments.each_model(c, ("c", "model", "run"))]
+    assert pairs == [("a", "x"), ("b", "y")]
+    assert len(experiments.each_model(c, ("c",))) == 1
+    c = analyze.Analyze(sft="a,b", meta="x")
+    assert [one.sft for one in experiments.each_model(c, ("c", "model"))] == ["a", "b"]
+    exits(["pairs"], experiments.each_model, c, ("c", "model", "run"))
 
 
 def made_up(names, level, metrics=("exact", "mg")):
@@ -93,22 +113,28 @@ def made_up(names, level, metrics=("exact", "mg")):
 ORDER = ("weights", "weights, cut", "theta", "context, cut")
 
 def test_methods_can_go_either_way():
-    levels = {"base": 0.1, "GRPO": 0.3, "SFT": 0.6, "SFT, then GRPO": 0.8, "SFT, then DPO": 0.5}
-    assert methods.judge(made_up(levels, levels.get))[0].count("supported") == 3
+    levels = {"base": 0.1, "GRPO": 0.3, "SFT": 0.6, "SFT, then GRPO": 0.8, "SFT, then DPO": 0.5,
+              "pool: SFT": 0.3, "pool: SFT, longer": 0.4, "pool: SFT, then GRPO": 0.6}
+    assert methods.judge(made_up(levels, levels.get))[0].count("supported") == 4
     worse = {name: 1 - level for name, level in levels.items()}
-    assert methods.judge(made_up(worse, worse.get))[0].count("refuted") == 3
+    assert methods.judge(made_up(worse, worse.get))[0].count("refuted") == 4
 
 def test_length_can_go_either_way():
     levels = {"short": 0.2, "long": 0.8, "padded short": 0.3, "short, as many tokens": 0.4}
-    assert length.judge(made_up(levels, levels.get))[0] == "supported"
-    assert length.judge(made_up(levels, {**levels, "padded short": 1.2}.get))[0] == "refuted"
+    def verdict(**changed):
+        return length.judge(made_up(levels, {**levels, **changed}.get))[0]
+    assert verdict() == "finer steps: supported; a token is a step: refuted"
+    padded = verdict(**{"padded short": 0.7})
+    assert padded == "finer steps: supported; a token is a step: supported"
+    assert verdict(long=0.1).startswith("finer steps: refuted")
 
 def test_generalize_can_go_either_way():
     levels = {"direct answers": 0.2, "base": 0.1, "SFT": 0.8, "GRPO": 0.5}
     good = made_up(levels, levels.get)
     bad = made_up(levels, {**levels, "SFT": 0}.get)
-    verdict, _ = generalize.judge({"trained sizes": good, "new domain": bad})
-    assert verdict == "trained sizes: supported; new domain: refuted"
+    floor = made_up(levels, lambda name: levels[name] / 20)
+    verdict, _ = generalize.judge({"trained sizes": good, "new domain": bad, "longer": floor})
+    assert verdict == ("trained sizes: supported; new domain: refuted; longer: not testable here")
 
 def test_order_can_go_either_way():
     levels = {"MAML": 0.9, "no inner loop": 0.6, "no inner loop, as many steps": 0.6}
@@ -119,11 +145,12 @@ def test_order_can_go_either_way():
     assert order.judge(bad)[0] == "in the weights: refuted; in context: refuted"
 
 def test_support_can_go_either_way():
-    sft = dict(zip(support.SFT, (0.1, 0.4, 0.8, 0.5)))
-    grpo = dict(zip(support.GRPO, (0.8, 0.5, 0.3, 0.9, 0.9)))
+    sft = dict(zip(support.SFT, (0.1, 0.4, 0.8, 0.9, 0.2)))
+    grpo = dict(zip(support.GRPO, (0.8, 0.5, 0.3, 0.9, 0.6, 0.6)))
     raw = {"SFT": made_up(sft, sft.get), "GRPO": made_up(grpo, grpo.get)}
     verdict, _ = support.judge(raw)
-    assert verdict == "Fig. 8: supported; Fig. 9: supported; Fig. 9 at equal gradients: refuted"
+    assert verdict == ("Fig. 8: supported; Fig. 8 at as many trajectories: refuted; "
+                       "Fig. 9: supported")
 
 def test_race_can_go_either_way():
     def runs(ours, theirs, reached=True):
