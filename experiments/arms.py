@@ -36,8 +36,10 @@ from train import load_model
 
 METRICS = {
     "exact": "exact match", "pass": "Pass@8", "mg": "mG-Pass@8", "form": "share in form",
-    "weights": "theta', whole trajectory", "weights, cut": "theta', last result cut",
-    "theta": "theta, no trajectory", "context, cut": "in context, last result cut"}
+    "further": "theta', an operation beyond", "copied": "theta' copies the last result",
+    "further, theta": "theta, no trajectory", "weights, cut": "theta', last result cut",
+    "weights": "theta', whole trajectory", "theta": "theta, no trajectory",
+    "context, cut": "in context, last result cut"}
 
 
 class Arm(NamedTuple):
@@ -207,9 +209,9 @@ def evaluate(c, folder, cells, n=32, k=8):
     under the checksum of its weights and what was asked.
 
     exact: greedy; pass, mg, form: Pass@k, mG-Pass@k and the share in form, from n samples. A run of
-    meta.py also has `theta`, asked without a trajectory, theta' after whole trajectories and after
-    those without their last result, and the latter in context. A run trained to answer directly is
-    asked directly."""
+    meta.py also has theta, asked without a trajectory, theta' after whole trajectories, after those
+    without their last result, and after those of the question less its last operation; a model
+    trained to answer directly is asked directly."""
     path = folder / "compare.json"
     key = f"{checksum(folder / 'ckpt.pt')} {cells} {c.questions} {n} {k}"
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -237,11 +239,13 @@ def score_cell(c, folder, config, questions, n, k):
         inner = None
         if config["algo"] != "none":
             model, inner, _ = load_meta(folder / "ckpt.pt", device)
-        whole, cut = (outcomes(model, inner, questions, condition, config["inner"])
-                      for condition in ("whole", "cut"))
-        cell |= {"theta": cut["theta"], "context, cut": cut["in_context"]}
+        whole, cut, further = (outcomes(model, inner, questions, condition, config["inner"])
+                               for condition in ("whole", "cut", "further"))
+        cell |= {"theta": cut["theta"], "context, cut": cut["in_context"],
+                 "further, theta": further["theta"]}
         if inner:
-            cell |= {"weights": whole["theta_prime"], "weights, cut": cut["theta_prime"]}
+            cell |= {"weights": whole["theta_prime"], "weights, cut": cut["theta_prime"],
+                     "further": further["theta_prime"], "copied": further["implied"]}
     return cell
 
 
