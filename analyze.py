@@ -13,7 +13,7 @@ through theta.
 from lab import flags                               # first: Ctrl-C from here on is quiet
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,19 +25,20 @@ import train
 from data import arithmetic, tasks, text
 from lab import machine, score
 from lab.flags import fail
-from lab.run import command
+from lab.run import Run, command
 
 # What runs unasked, on a trained model.
-TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens", "delimiter", "prune")
+TOUR = ("curve", "explicit", "readout", "patch", "gradient", "landscape", "tokens")
+# After so many steps of its training a first curve is drawn, of so many questions; later again.
+FIRST_LOOK, FIRST_QUESTIONS = 600, 50
 
 
 @dataclass
 class Analyze:
     """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
     names: tuple = ()               # ... experiments, or report; none: the tour
-    sft: str = "out/sft"            # the run of train.py to look at; the default one is made
-    meta: str = "out/meta"          # the run of meta.py to look at; the default one is made
-    uncut: str = "out/uncut"        # curve: a run with --cut=0, looked at too if it is there
+    sft: str = "out/sft"            # runs of train.py to look at; the default one is made
+    meta: str = "out/meta"          # runs of meta.py to look at; the default one is made
     out: str = "out"                # figures go to OUT/figures, runs of comparisons to OUT/runs
     tag: str = ""                   # a suffix of the figure's name: NAME-TAG
     redraw: bool = False            # draw from OUT/figures/NAME.json, without a model
@@ -276,10 +277,11 @@ def patch_hook(patches, n):
     return hook
 
 @torch.no_grad()
-def exact_patches(model, heads, ts, tails, seen=None, bias=False):
+def exact_patches(model, heads, ts, tails, seen=None, bias=False, rows=None):
     """The implicit update as weights: {layer: (p (B, n, out), z (B, n, in))}, a rank-1 patch
     dW = p z^T / |z|^2 of every `up` and `down` for each position of the tail; with bias, a vector p
-    added behind `down` instead of its patch, z = 1. -> Patched
+    added behind `down` instead of its patch, z = 1. rows: the sequences, where `layout` is not to
+    lay them out. -> Patched
 
     With them, layer by layer, the tail's logits without the trajectory equal those with its first
     `seen` tokens (2507.16003; 2511.17864): u is the residual that enters the MLP, z = norm(u), h
@@ -289,7 +291,7 @@ def exact_patches(model, heads, ts, tails, seen=None, bias=False):
 
     Where all hidden units are silent, h = 0, no matrix can do it, and u_C - u is added as a bias;
     where they nearly are, the matrix is huge, and a bias always the tamer choice."""
-    rows = layout(model, heads, ts, tails)
+    rows = rows or layout(model, heads, ts, tails)
     n, weight = rows.n, {m: model.get_parameter(p) for m, p in meta.linear_layers(model).items()}
     seen = [len(t) for t in ts] if seen is None else seen
     seen = torch.tensor(seen, device=rows.ids.device)
@@ -416,11 +418,21 @@ def sft_model(c, device):
         half = path.exists()
         print(f"{'going on with' if half else 'training'} the model in {c.sft}")
         words = [f"--out={c.sft}", f"--device={c.device}", *["--resume"] * half]
+        Run.look = FIRST_LOOK, lambda: first_look(c, device)
         train.train(*flags.flags(train.Train, words))
+        Run.look = None
     model, state = train.load_model(path, device)
     if "style" not in state["config"]:
         fail(f"{path} is a checkpoint, but not one of train.py")
     return model
+
+def first_look(c, device):
+    """The tour's first figure: the curve of the model as it stands."""
+    import experiments
+    if "curve" in (c.names or TOUR):
+        model, _ = train.load_model(Path(c.sft) / "ckpt.pt", device)
+        few = replace(c, questions=min(c.questions, FIRST_QUESTIONS))
+        experiments.run("curve", few, device, {c.sft: model})
 
 def meta_run(c, device):
     """The run of --meta; the default one is trained first if it is missing -> MetaRun"""

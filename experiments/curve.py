@@ -9,30 +9,35 @@ L_hat[i] is the answer's mean NLL after the first i tokens of a trajectory (Algo
     filler    as many dots
 
 direction: L_hat falls along `correct`, and further than along each of the others.
-progressive: half of the questions have a Spearman correlation of L_hat and position below
-    -0.5, and a curve whose largest 5 % of steps make less than half of its fall (medians).
+progressive: it falls by arithmetic steps rather than at the last. Of L_hat before the trajectory
+    and at the end of every step, the Spearman correlation with position is below -0.5, and the
+    largest single step makes less than 2/3 of the fall (medians): of three steps, halfway between
+    an even slope, 1/3, and a cliff, 1. (A curve that only wavers before its last step meets the
+    first at half of the questions by chance; the second tells it from a slope.) `modsum` is
+    measured and kept apart: a partial sum modulo 97 says nothing of the answer, so that its curve
+    is a cliff by design.
 
 Supported where every 95 % bootstrap interval over questions has the claim's side, refuted where
-one has the other side, else inconclusive; of several domains the worst counts.
+one has the other side, else inconclusive; of several domains the worst counts. How training cut
+its trajectories shapes these curves too: experiments/cuts.py.
 """
 import random
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from analyze import cells_of, curves_of, questions_of
 from data import arithmetic
-from lab.figure import COLOURS, band, panels, written_under
+from lab.figure import COLOURS, band, panels, whiskers, written_under
 from lab.flags import fail
 from lab.verdict import banded, cliff, decide, interval, spearman, spoken, worst
 from meta import another
-from train import load_model
 
 CLAIM = ("Figs. 2, 3, 16: the answer's loss falls along a correct trajectory only, and "
          "progressively")
 CELLS = "expr:4 sum:4 modsum:4"             # domain:operands
 KINDS = ("correct", "wrong", "other", "filler")
+APART = "modsum"                            # a cliff by design
 
 
 # --------------------------------------------------------------------------------------- measure
@@ -47,12 +52,10 @@ class Cell(NamedTuple):
 
 def measure(c, model):
     """-> {cell: Cell}"""
-    path = Path(c.uncut) / "ckpt.pt"        # a model that never saw a trajectory cut short
-    uncut = load_model(path, model.head.weight.device)[0] if path.exists() else None
     cells = cells_of(c.cells or CELLS)
-    return {f"{domain} {k}": measure_cell(c, model, uncut, domain, k) for domain, k in cells}
+    return {f"{domain} {k}": measure_cell(c, model, domain, k) for domain, k in cells}
 
-def measure_cell(c, model, uncut, domain, operands):
+def measure_cell(c, model, domain, operands):
     questions, thinks = trials(c, domain, operands)
     curves = {kind: curves_of(model, questions, thinks[kind]) for kind in KINDS}
 
@@ -62,9 +65,6 @@ def measure_cell(c, model, uncut, domain, operands):
     # ... and, along the correct one, how much worse it does than the right answer.
     against = curves_of(model, questions, thinks["correct"], implied)
     curves["margin"] = [a - b for a, b in zip(against, curves["correct"])]
-
-    if uncut:
-        curves["uncut"] = curves_of(uncut, questions, thinks["correct"])
     return Cell(operands, questions, thinks["correct"], curves)
 
 def trials(c, domain, operands):
@@ -93,28 +93,28 @@ def four_trajectories(q, questions, rng):
 def judge(cells):
     """{cell: Cell} -> (verdict, {cell: what the JSON keeps})"""
     numbers = {name: judge_cell(cell) for name, cell in cells.items()}
-    parts = ("direction", "progressive")
-    verdicts = {part: worst([n[part]["verdict"] for n in numbers.values()]) for part in parts}
+    direction = [n["direction"]["verdict"] for n in numbers.values()]
+    progressive = [n["progressive"]["verdict"] for n in numbers.values() if "progressive" in n]
+    verdicts = {"direction": worst(direction),
+                "progressive": worst(progressive) if progressive else f"not tested ({APART} alone)"}
     return spoken(verdicts), numbers
 
 def judge_cell(cell):
     fall = {kind: np.array([y[0] - y[-1] for y in cell.curves[kind]]) for kind in KINDS}
-    rho, share = shape(cell.curves["correct"])
-    numbers = {
+    steps = [after_steps(t, y) for t, y in zip(cell.thinks, cell.curves["correct"])]
+    rho, share = shape(steps)
+    apart = cell.questions[0].domain == APART
+    return {
         "direction": verdict_of(direction(fall)),
-        "progressive": verdict_of(progressive(rho, share), np.median),
+        "progressive, kept apart" if apart else "progressive":
+            verdict_of(progressive(rho, share), np.median),
         "operands": cell.operands, "questions": len(cell.questions),
         "spearman_median": interval(rho, np.median),
-        "cliff_share_median": interval(share, np.median),
-        "L_hat_start": interval([y[0] for y in cell.curves["correct"]]),
+        "largest_step_median": interval(share, np.median),
+        "L_hat_after_steps": [interval(v) for v in np.transpose(steps)],
         "L_hat_end": {kind: interval([y[-1] for y in ys]) for kind, ys in cell.curves.items()},
         "curves": {kind: banded(ys) for kind, ys in cell.curves.items()},
         "example": first(cell)}
-    if "uncut" in cell.curves:
-        rho, share = shape(cell.curves["uncut"])
-        numbers["uncut"] = {"spearman_median": interval(rho, np.median),
-                            "cliff_share_median": interval(share, np.median)}
-    return numbers
 
 def verdict_of(margins, statistic=np.mean):
     verdict, intervals = decide(margins, statistic)
@@ -125,10 +125,15 @@ def first(cell):
     q, think, y = cell.questions[0], cell.thinks[0], cell.curves["correct"][0]
     return {"title": f"{q.text} = {q.answer}", "tokens": think, "L_hat": np.round(y, 4).tolist()}
 
-def shape(curves):
-    """-> (Spearman correlation of every curve, cliff share of every curve that falls)"""
-    shares = [cliff(y) for y in curves]
-    return np.array([spearman(y) for y in curves]), np.array([s for s in shares if s is not None])
+def after_steps(think, y):
+    """L_hat before a trajectory and at the end of each of its arithmetic steps, before the `;`."""
+    ends = [i for i, token in enumerate(think) if token == ";"]
+    return y[[0, *ends, len(think)]]
+
+def shape(steps):
+    """Sequences of `after_steps` -> (Spearman correlation with position, share of the fall that the
+    largest step makes), a number a question each"""
+    return np.array([spearman(y) for y in steps]), np.array([cliff(y) for y in steps])
 
 def direction(fall):
     """{kind: L_hat[0] - L_hat[|t|], one a question} -> margins"""
@@ -137,28 +142,24 @@ def direction(fall):
     return {"falls": fall["correct"], **others}
 
 def progressive(rho, share):
-    share = share if len(share) else np.ones(1)     # no curve falls: no slope either
-    return {"spearman below -0.5": -0.5 - rho, "cliff share below 0.5": 0.5 - share}
+    return {"spearman below -0.5": -0.5 - rho, "largest step below 2/3": 2 / 3 - share}
 
 
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    """A column a cell: L_hat by kind; the margin over a wrong answer; one trajectory."""
-    uncut = any("uncut" in cell["curves"] for cell in numbers.values())
-    fig, axes = panels(3 + uncut, len(numbers), heights=[2.7, 2.3] + [2.3] * uncut + [2.3])
-    for column, (name, cell) in zip(axes.T, numbers.items()):
-        draw_kinds(column[0], cell["curves"])
-        title = f"{name} operands, {cell['questions']} questions"
-        column[0].set(title=title, ylim=(0, None))
-        draw_margin(column[1], cell["curves"])
-        if uncut:
-            band(column[2], cell["curves"]["uncut"], COLOURS["light"])
-            column[2].set(title=r"trained without truncation: $\hat{L}$, correct", ylim=(0, None),
-                          xlabel="fraction of the trajectory read")
+    """A column a cell: L_hat by kind; after whole steps; the margin over a wrong answer; one
+    trajectory."""
+    fig, axes = panels(4, len(numbers), heights=[2.7, 2.3, 2.3, 2.3])
+    for (kinds, steps, margin, one), (name, cell) in zip(axes.T, numbers.items()):
+        draw_kinds(kinds, cell["curves"])
+        kinds.set(title=f"{name} operands, {cell['questions']} questions", ylim=(0, None),
+                  xlabel="fraction of the trajectory read")
+        draw_steps(steps, cell)
+        draw_margin(margin, cell["curves"])
         example = cell["example"]
-        written_under(column[-1], example["tokens"], example["L_hat"], COLOURS["correct"])
-        column[-1].set(title=example["title"], xlabel="token of the trajectory", ylim=(0, None))
+        written_under(one, example["tokens"], example["L_hat"], COLOURS["correct"])
+        one.set(title=example["title"], xlabel="token of the trajectory", ylim=(0, None))
     for ax in axes[:, 0]:
         ax.set_ylabel(r"$\hat{L}$ (nats a token)")
     axes[0, 0].legend(fontsize=7)
@@ -169,8 +170,17 @@ def draw_kinds(ax, curves):
         band(ax, curves[kind], COLOURS[kind], kind)
     band(ax, curves["implied"], COLOURS["wrong"], "wrong: the answer it implies", "--")
 
+def draw_steps(ax, cell):
+    """Along the correct trajectory, at the end of every arithmetic step."""
+    rows = cell["L_hat_after_steps"]
+    whiskers(ax, range(len(rows)), rows, COLOURS["correct"])
+    rho, share = cell["spearman_median"][0], cell["largest_step_median"][0]
+    ax.set(title=f"after whole steps: Spearman {rho:.2f},\nlargest step {share:.0%} of the fall",
+           xticks=range(len(rows)), xlabel="steps of the correct trajectory", ylim=(0, None))
+
 def draw_margin(ax, curves):
     """How much less a wrong answer is believed than the right one."""
     band(ax, curves["margin"], COLOURS["correct"])
     lowest = min(0, *curves["margin"]["mean"])
-    ax.set(ylim=(lowest, None), title=r"$\hat{L}$ of a wrong answer - the right one's")
+    ax.set(ylim=(lowest, None), title=r"$\hat{L}$ of a wrong answer - the right one's",
+           xlabel="fraction of the trajectory read")

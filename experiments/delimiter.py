@@ -1,11 +1,16 @@
 """Is `</think>` a step of momentum: faster, perhaps to a worse place? (Fig. 5)
 
-It is forced at eleven places along the model's own trajectory, and the answer read there.
+It is forced at ten places along the model's own trajectory, and the answer read there.
 
-Supported if, on average over places before the last result, an answer forced there has a lower loss
-than after `<think></think>` (the thinking so far was of use at once), and costs accuracy against
-thinking on: 95 % intervals over questions above 0; refuted if one lies below 0; else inconclusive.
-Entropy: of the answer's first token. (The answer without any `</think>` would only measure form.)
+momentum: not testable here. It takes the same place with the delimiter and without it, and an
+    answer without `</think>` has a form that the model never saw: its loss would measure form.
+of use at once: forced after the thinking so far, an answer has a lower loss than after
+    `<think></think>`.
+early costs accuracy: thinking on from there would be right more often.
+
+The last two on average over the places behind the first and before the last result: supported if
+the 95 % interval over questions lies above 0, refuted if it lies below, else inconclusive.
+Entropy: of the answer's first token.
 """
 from typing import NamedTuple
 
@@ -17,11 +22,11 @@ from data import arithmetic, text
 from lab.figure import COLOURS, band, panels
 from lab.flags import fail
 from lab.score import respond
-from lab.verdict import bootstrap, decide
+from lab.verdict import bootstrap, decide, spoken
 from meta import answers
 
 CLAIM = "Fig. 5: the end-of-thinking delimiter acts like momentum, towards a local optimum"
-PLACES = np.linspace(0, 1, 11)              # fractions of the trajectory
+PLACES = np.linspace(0, 1, 11)              # fractions of the trajectory, 0: <think></think>
 SIZE = 1024                                 # rows a batch
 
 
@@ -34,22 +39,18 @@ class Raw(NamedTuple):
     entropy: np.ndarray                     # of the answer's first token there
     forced: np.ndarray                      # is the answer forced there right?
     on: np.ndarray                          # is the answer right when thinking goes on from there?
-    early: np.ndarray                       # does the place stand before the last result?
+    early: np.ndarray                       # is the place behind 0 and before the last result?
 
 
 def measure(c, model):
     cell = cell_of(c)
     written = [t for t, _ in respond(model, cell.questions)]
-    pairs = [(q, t) for q, t in zip(cell.questions, written) if "=" in t and text.plain(t)]
+    pairs = [(q, t) for q, t in zip(cell.questions, written) if text.plain(t) and any(early_in(t))]
     if not pairs:
         fail(f"{c.sft}: this model writes no trajectories to cut short")
-    rows, early = [], []
-    for q, t in pairs:
-        for place in PLACES:
-            i = round(place * len(t))
-            rows.append((q, t[:i]))
-            early.append(i < t.rfind("=") + 1)
-    questions, thinks = (list(v) for v in zip(*rows))
+    questions = [q for q, _ in pairs for _ in PLACES]
+    thinks = [t[:i] for _, t in pairs for i in places_in(t)]
+    early = [early_in(t) for _, t in pairs]
     loss, entropy = read_there(model, questions, thinks)
     said = answers(model, questions, thinks, where="in_context", size=SIZE)
     forced = [arithmetic.verify(q, a) for q, a in zip(questions, said)]
@@ -57,6 +58,13 @@ def measure(c, model):
     arrays = [np.array(v, dtype=float).reshape(len(pairs), len(PLACES))
               for v in (loss, entropy, forced, on, early)]
     return Raw(cell.title, *arrays)
+
+def places_in(t):
+    """How many tokens of a trajectory stand before every place."""
+    return [round(place * len(t)) for place in PLACES]
+
+def early_in(t):
+    return [0 < i <= t.rfind("=") for i in places_in(t)]
 
 @torch.no_grad()
 def read_there(model, questions, thinks):
@@ -88,20 +96,22 @@ def thinking_on(model, questions, thinks):
 
 def judge(raw):
     def early(v):
-        """Mean over places before the last result, a number a question."""
+        """Mean over early places, a number a question."""
         return (v * raw.early).sum(1) / raw.early.sum(1)
 
-    verdict, gaps = decide(margins(early(raw.loss), raw.loss[:, 0], early(raw.forced),
-                                   early(raw.on)))
+    found = margins(early(raw.loss), raw.loss[:, 0], early(raw.forced), early(raw.on))
+    verdicts, gaps = {"momentum": "not testable here"}, {}
+    for part, margin in found.items():
+        verdicts[part], gaps[part] = decide(margin)
     measured = {"loss": raw.loss, "entropy": raw.entropy, "forced": raw.forced, "on": raw.on}
-    return verdict, {"gaps": gaps, "title": raw.title,
-                     "by place": {name: by_place(v) for name, v in measured.items()}}
+    return spoken(verdicts), {"gaps": gaps, "title": raw.title,
+                              "by place": {name: by_place(v) for name, v in measured.items()}}
 
 def margins(loss, empty, forced, on):
     """A number a question each: L_hat with </think> forced early, L_hat of <think></think>; right
-    when cut short, right when going on."""
-    return {"L of <think></think> - cut short": empty - loss,
-            "accuracy going on - cut short": on - forced}
+    when cut short, right when going on -> {part of the claim: margins}"""
+    return {"of use at once": {"L of <think></think> - cut short": empty - loss},
+            "early costs accuracy": {"accuracy going on - cut short": on - forced}}
 
 def by_place(v):
     mean, low, high = (np.round(x, 4).tolist() for x in bootstrap(v, draws=500))

@@ -3,13 +3,16 @@
 Signed one-step falls of L_hat by kind of token, against other tokens in the same fifth of their
 trajectory.
 
-results: they make L_hat fall more than other tokens do.
-reflection: `W` and its correction do; only where the run was trained on `reflect` trajectories,
-    since other models never saw a W.
+results lower it more: they make L_hat fall more than other tokens do. Supported where the 95 %
+    bootstrap interval over questions lies above 0, refuted where it lies below.
+roles differ: the same, two-sided. Supported where the interval lies on either side of 0.
+reflection, net: a slip raises L_hat and its correction mends that, so that they count together.
+    L_hat before the slip less L_hat after the correction, per token of slip, `W` and correction,
+    is more than others' fall. Only where the run was trained on `reflect` trajectories, since other
+    models never saw a W.
 
-Supported where the 95 % bootstrap interval over questions lies above 0, refuted where it lies
-below. Beside it the official notebook's ratio |L_{i+1} - L_{i-1}| / L_{i-1}, which spans two steps
-and is held against an average over one.
+Beside it the official notebook's ratio |L_{i+1} - L_{i-1}| / L_{i-1}, which spans two steps and is
+held against an average over one.
 """
 import random
 from pathlib import Path
@@ -28,7 +31,8 @@ FIFTHS = 5
 KINDS = {                                   # {kind: (label, colour)}
     "operand": ("operand", COLOURS["filler"]), "operator": ("operator", COLOURS["filler"]),
     "result": ("result", COLOURS["correct"]), "end": ("end of\na step (;)", COLOURS["filler"]),
-    "slip": ("slip", COLOURS["other"]), "W": ("W and its\ncorrection", COLOURS["wrong"])}
+    "slip": ("slip", COLOURS["other"]), "W": ("W and its\ncorrection", COLOURS["wrong"]),
+    "net": ("net of slip\nand W", COLOURS["weights"])}
 
 
 # --------------------------------------------------------------------------------------- measure
@@ -69,20 +73,33 @@ def kinds_of(think):
 # ----------------------------------------------------------------------------------------- judge
 
 def judge(raw):
-    parts = {"results": "result", "reflection": "W"} if raw.reflects else {"results": "result"}
-    verdicts, gaps = {}, {}
-    for part, kind in parts.items():
-        verdicts[part], gaps[part] = decide({kind: beyond_others(raw.curves, raw.kinds, kind)})
-    if not raw.reflects:
-        verdicts["reflection"] = "not tested (no `W` in this run's training)"
     falls = falls_by_kind(raw.curves, raw.kinds)
     beyond = {kind: beyond_others(raw.curves, raw.kinds, kind) for kind in falls}
+    part, differ = "results lower it more", "inconclusive"
+    verdict, margins = decide({"result": beyond["result"]})
+    verdicts, gaps = {part: verdict}, {part: margins}
+    if verdict in ("supported", "refuted"):
+        differ = "supported"                # the interval lies on a side of 0
+    verdicts["roles differ"] = differ
+
+    part = "reflection, net"
+    if raw.reflects:
+        kinds = [together(names) for names in raw.kinds]
+        falls["net"] = falls_by_kind(raw.curves, kinds)["net"]
+        beyond["net"] = beyond_others(raw.curves, kinds, "net")
+        verdicts[part], gaps[part] = decide({"slip, W and correction": beyond["net"]})
+    else:
+        verdicts[part] = "not tested (no `W` in this run's training)"
     return spoken(verdicts), {
         "gaps": gaps, "title": raw.title,
         "beyond others": {kind: interval(v) for kind, v in beyond.items() if len(v)},
         "falls": {kind: interval(v) for kind, v in falls.items()},
         "tokens": {kind: len(v) for kind, v in falls.items()},
         "notebook's ratio": notebook(raw.curves, raw.kinds)}
+
+def together(names):
+    """The kinds of a trajectory's tokens, slips and all that mends them being one kind, 'net'."""
+    return ["net" if name in ("slip", "W") else name for name in names]
 
 def falls_by_kind(curves, kinds):
     """{kind: L_hat's fall at every token of it}"""
@@ -127,21 +144,24 @@ def notebook(curves, kinds):
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    fig, ((beyond, ratio),) = panels(1, 2, width=5, heights=[3.6])
-    shown = {kind: look for kind, look in KINDS.items() if kind in numbers["beyond others"]}
-    spans = {"one step": COLOURS["light"], "two steps": INK}
-    for i, (kind, (_, colour)) in enumerate(shown.items()):
-        whisker(beyond, i, numbers["beyond others"][kind], colour)
-        for j, (span, colour) in enumerate(spans.items()):
-            value = numbers["notebook's ratio"].get(kind, {}).get(span, 0)
-            ratio.bar(i + 0.36 * (j - 0.5), value, 0.34, color=colour,
-                      label=span if i == 0 else None)
-    for ax in (beyond, ratio):
-        ax.set_xticks(range(len(shown)), [label for label, _ in shown.values()])
+    fig, ((beyond, ratio),) = panels(1, 2, width=5.4, heights=[3.6])
+    shown, ratios = numbers["beyond others"], numbers["notebook's ratio"]
+    kinds = [kind for kind in KINDS if kind in shown]
+    for i, kind in enumerate(kinds):
+        whisker(beyond, i, shown[kind], KINDS[kind][1])
     zero_line(beyond)
     beyond.set(ylabel=r"fall of $\hat{L}$ beyond that of others there (nats)",
                title=numbers["title"])
+
+    kinds_alone = [kind for kind in kinds if kind in ratios]
+    spans = {"one step": COLOURS["light"], "two steps": INK}
+    for j, (span, colour) in enumerate(spans.items()):
+        places = np.arange(len(kinds_alone)) + 0.36 * (j - 0.5)
+        ratio.bar(places, [ratios[kind][span] for kind in kinds_alone], 0.34, color=colour,
+                  label=span)
     ratio.set(ylabel=r"median $|\Delta\hat{L}| / \hat{L}$",
               title="the notebook's ratio, spanning one step or two")
     ratio.legend()
+    for ax, names in ((beyond, kinds), (ratio, kinds_alone)):
+        ax.set_xticks(range(len(names)), [KINDS[kind][0] for kind in names], fontsize=8)
     return fig

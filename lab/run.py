@@ -214,7 +214,10 @@ class Run:
     """One run in c.out: config.json, metrics.jsonl (a line a step), ckpt.pt.
 
     extra: a further module for the checkpoint. rate(c, i): the learning rates' schedule.
-    Afterwards `done` steps have been taken in `seconds`, over all sittings."""
+    Afterwards `done` steps have been taken in `seconds`, over all sittings. A `look`, (step,
+    function), is taken behind the checkpoint of that step: a first figure of a long run."""
+
+    look = None
 
     def __init__(self, c, model, opts, extra=None, rate=linear):
         self.c, self.model, self.opts, self.extra, self.rate = c, model, opts, extra, rate
@@ -295,6 +298,8 @@ class Run:
                 self.write_checkpoint()
             if self.caught:
                 self.go_away()
+            if self.look and self.look[0] == self.done and RANK == 0:
+                self.look[1]()
             if self.finished:
                 return
 

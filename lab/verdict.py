@@ -110,13 +110,11 @@ def spearman(y):
     return float(np.corrcoef(a, b)[0, 1]) if b.std() else 0.0
 
 def cliff(y, least=0.1):
-    """Share of a curve's fall that its largest 5 % of steps make: 0.05 is a slope, 1 a cliff, more
-    where it also rises.
+    """Share of a sequence's fall that its largest single step makes: 1 / steps is an even slope, 1
+    a cliff, more where it also rises.
 
-    None where the curve does not fall by `least`."""
+    1 too where it does not fall by `least`: no slope either."""
     whole = y[0] - y[-1]
     if whole <= least:
-        return None
-    falls = np.sort(-np.diff(y))[::-1]
-    largest = max(1, round(0.05 * len(falls)))
-    return float(falls[:largest].sum() / whole)
+        return 1.0
+    return float(np.max(-np.diff(y)) / whole)

@@ -17,7 +17,7 @@ VALUES = ["", "x", "-1", "-0.5", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "Ù
           "1_000", "0x10", "1,5", "--", "ðŸ™‚", "\udcff", "None", "[]", "%s", "1;2", " 3", "3 ",
           "(" * 99, "(" * 9000]
 # Of these any other text is a path, a pattern or a name.
-LOOSE = {"out", "init", "fast", "sft", "meta", "uncut", "tag"}
+LOOSE = {"out", "init", "fast", "sft", "meta", "tag"}
 
 LINES = {
     "train": """

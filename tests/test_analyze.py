@@ -401,9 +401,11 @@ def test_a_claim_on_several_domains_is_as_good_as_its_worst():
 
 
 def test_a_cliff_and_a_slope_are_told_apart():
-    assert verdict.cliff(np.array([1.0] * 30 + [0.0] * 10)) == pytest.approx(1)
-    assert verdict.cliff(np.linspace(1, 0, 41)) == pytest.approx(0.05)
-    assert verdict.cliff(np.linspace(0, 1, 41)) is None
+    assert verdict.cliff(np.array([1.0, 1.0, 1.0, 0.0])) == pytest.approx(1)
+    assert verdict.cliff(np.array([1.0, 0.5, 0.25, 0.0])) == pytest.approx(0.5)
+    assert verdict.cliff(np.linspace(1, 0, 4)) == pytest.approx(1 / 3)
+    assert verdict.cliff(np.array([1.0, 1.5, 1.5, 0.0])) == pytest.approx(1.5)
+    assert verdict.cliff(np.linspace(1, 0.95, 4)) == verdict.cliff(np.linspace(0, 1, 4)) == 1
 
 
 def test_curves_of_any_length_meet_on_fractions_of_a_trajectory():

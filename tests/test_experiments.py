@@ -11,8 +11,8 @@ import experiments
 import meta
 from data import arithmetic, text
 from data.tasks import Task, tensors
-from experiments import (arms, curve, delimiter, explicit, generalize, gradient, landscape, length,
-                         methods, order, patch, prune, race, speed, support, tokens)
+from experiments import (arms, curve, cuts, delimiter, explicit, generalize, gradient, landscape,
+                         length, methods, order, patch, prune, race, speed, support, tokens)
 from lab import page
 from lab.run import ROOT
 from lab.verdict import decide
@@ -32,40 +32,17 @@ def steady(centre):
 # -------------------------------------------------------------------- every criterion, either way
 
 FALL = {"correct": near(2), "wrong": near(-1), "filler": near(0)}
-COSINE = {"trained": near(0.3), "shuffled": near(0), "untrained": near(0.1)}
 ERRORS = {"float32": steady(1e-6), "float64": steady(1e-14), "float64, one theta'": steady(1e-13),
           "unpatched": near(9), "other": near(9)}
-LOSS = {"without": (near(2), near(3)), "context": (near(0), near(1)), "other": (near(5), near(5))}
-RIGHT = {"oracle short": near(0.9), "own": near(0.9), "least change": near(0.8),
-         "random": near(0.4), "least change, cut": near(0.5), "random, cut": near(0.2)}
-KINDS = [["W", "x"]] * 50 + [["x", "x"]] * 49
-
-
-def falls_at_w(fall):
-    """Curves of KINDS whose loss changes by `fall` at a W, and by 1 elsewhere."""
-    curves = []
-    for kinds in KINDS:
-        first = fall if kinds[0] == "W" else -1
-        curves.append(np.cumsum([5, first, -1]) + near(0, 3))
-    return {"W": tokens.beyond_others(curves, KINDS, "W")}
 
 CRITERIA = {                                # {what: (margins for the claim, margins against it)}
     "patch": (patch.margins(ERRORS),
               patch.margins(ERRORS | {"float32": abs(near(1)), "float64": abs(near(1))})),
-    "gradient, aligned": (gradient.margins_aligned(COSINE),
-                          gradient.margins_aligned(COSINE | {"untrained": near(0.5)})),
-    "gradient, a step": (gradient.margins_step({"trained": near(0.9)}),
-                         gradient.margins_step({"trained": near(0.1)})),
     "curve, direction": (curve.direction(FALL), curve.direction(FALL | {"filler": near(3)})),
-    "curve, progressive": (curve.progressive(near(-0.8), near(0.2)),
+    "curve, progressive": (curve.progressive(near(-0.8), near(0.3)),
                            curve.progressive(near(-0.8), near(0.9))),
-    "landscape": (landscape.margins(LOSS),
-                  landscape.margins(LOSS | {"context": (near(0), near(4))})),
-    "tokens": (falls_at_w(-2), falls_at_w(1)),
-    "delimiter": (delimiter.margins(near(1), near(2), near(0.2), near(0.9)),
-                  delimiter.margins(near(2), near(1), near(0.2), near(0.9))),
-    "prune": (prune.margins(RIGHT),
-              prune.margins(RIGHT | {"least change, cut": near(0.2), "random, cut": near(0.5)}))}
+    "cuts": (cuts.margins(near(-0.8, 5, 100), near(0.3, 5, 100)),
+             cuts.margins(near(-0.8, 5, 100), near(0.9, 5, 100)))}
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -73,6 +50,136 @@ def test_every_criterion_can_go_either_way(name):
     good, bad = CRITERIA[name]
     assert decide(good)[0] == "supported"
     assert decide(bad)[0] == "refuted"
+
+
+
+# ----------------------------------------------------------------- verdicts of several parts
+
+THINK = "1+2=3;3+4=7;7+5=12"
+
+def cell_of_steps(domain, *levels):
+    """A cell of `curve` whose loss has these levels after whole steps of THINK, and along the other
+    trajectories stays."""
+    ends = [0, *(i for i, token in enumerate(THINK) if token == ";"), len(THINK)]
+    falling = [np.interp(range(len(THINK) + 1), ends, levels) + near(0, 1) for _ in range(50)]
+    curves = {kind: [np.full(2, levels[0]) + near(0, 2) for _ in falling] for kind in curve.KINDS}
+    curves |= {"correct": falling, "implied": falling, "margin": falling}
+    question = arithmetic.parse("1+2+4+5" + "%97" * (domain == "modsum"))
+    return curve.Cell(4, [question] * 50, [THINK] * 50, curves)
+
+def test_a_curve_is_read_at_the_ends_of_its_steps():
+    assert curve.after_steps(THINK, np.arange(len(THINK) + 1)).tolist() == [0, 5, 11, 18]
+
+def test_a_cliff_refutes_progress_in_any_domain_but_modsum():
+    slope, cliff = (3, 2, 1, 0), (3, 3, 3, 0)
+    verdict, _ = curve.judge({"sum": cell_of_steps("sum", *slope),
+                              "modsum": cell_of_steps("modsum", *cliff)})
+    assert verdict == "direction: supported; progressive: supported"
+    verdict, numbers = curve.judge({"sum": cell_of_steps("sum", *cliff),
+                                    "modsum": cell_of_steps("modsum", *slope)})
+    assert verdict == "direction: supported; progressive: refuted"
+    assert numbers["modsum"]["progressive, kept apart"]["verdict"] == "supported"
+    assert curve.draw(numbers)
+    verdict, _ = curve.judge({"modsum": cell_of_steps("modsum", *slope)})
+    assert verdict == "direction: supported; progressive: not tested (modsum alone)"
+
+
+def test_every_share_of_cuts_has_a_verdict_of_its_own():
+    def arm(*levels):
+        steps = np.array(levels) + 0.01 * near(0, 3, 60, len(levels))
+        return cuts.Raw(steps, near(0.5, 3, 60), [""] * 3)
+    flat = arm(3, 3, 3, 3)
+    verdict, numbers = cuts.judge(("", dict(zip(cuts.ARMS, (arm(3, 3.1, 3.2, 0), flat,
+                                                            arm(3, 2, 1, 0))))))
+    assert verdict == "--cut=0: refuted; --cut=0.05: refuted; --cut=0.5: supported"
+    assert numbers["arms"]["--cut=0.5"]["spearman_medians"] == [-1, -1, -1]
+    assert cuts.draw(numbers)
+
+
+def tokens_judged(at, reflects=True):
+    """The verdict on 50 questions whose loss falls by at[kind] at a token of that kind."""
+    kinds = ["operand", "result", "slip", "W", "W", "W"] * 10
+    curves = [5 - np.cumsum([0, *(at[kind] for kind in kinds)]) + 0.01 * near(0, len(kinds) + 1)
+              for _ in range(50)]
+    verdict, numbers = tokens.judge(tokens.Raw("", curves, [kinds] * 50, reflects))
+    assert tokens.draw(numbers)
+    return dict(part.split(": ") for part in verdict.split("; "))
+
+def test_results_are_held_against_other_tokens_on_both_sides():
+    rest = {"slip": 0, "W": 0, "operand": 0}
+    for fall, more, differ in ((1, "supported", "supported"), (-1, "refuted", "supported"),
+                               (0, "inconclusive", "inconclusive")):
+        found = tokens_judged(rest | {"result": fall}, reflects=False)
+        assert (found["results lower it more"], found["roles differ"]) == (more, differ)
+        assert found["reflection, net"].startswith("not tested")
+
+def test_a_correction_that_only_mends_its_slip_gains_nothing():
+    """W falls more than others in both; the net of slip and W decides."""
+    level = {"operand": 0.5, "result": 0.5, "W": 1}
+    assert tokens_judged(level | {"slip": 0})["reflection, net"] == "supported"
+    assert tokens_judged(level | {"slip": -3})["reflection, net"] == "refuted"
+
+
+def test_a_delimiter_is_judged_behind_place_0_and_before_the_last_result():
+    """What stands at the other places is the other way round."""
+    def places(first, early, late):
+        return np.stack([near(first), near(early), near(early), near(late)], 1)
+    early = places(0, 1, 0).round()
+    on = places(0, 0.9, 0)
+    good = delimiter.Raw("", places(2, 1, 9), near(1, 200, 4), places(1, 0.2, 1), on, early)
+    bad = good._replace(loss=places(1, 2, 0), forced=places(0, 0.95, 0), on=places(1, 0.2, 1))
+    verdict, numbers = delimiter.judge(good)
+    assert verdict == ("momentum: not testable here; of use at once: supported; "
+                       "early costs accuracy: supported")
+    assert delimiter.judge(bad)[0] == verdict.replace("supported", "refuted")
+    assert delimiter.early_in("3+5=8;8*2=16") == [False] + [True] * 7 + [False] * 3
+
+
+def test_a_basin_has_a_verdict_at_every_radius():
+    def rings(*levels):
+        return np.stack([near(level) for level in levels])
+    loss = {"without": rings(1, 2, 2, 2, 2), "context": rings(0, 0, 0.5, 1, 2),
+            "other": rings(5, 5, 5, 5, 5)}
+    raw = landscape.Raw(loss, "", {}, {})
+    assert landscape.judge(raw)[0] == (
+        "lower at theta: supported; wider at 0.1: supported; wider at 0.25: inconclusive; "
+        "wider at 0.5: refuted; wider at 1: refuted")
+    assert landscape.judge(raw._replace(loss=loss | {"other": loss["context"] - 1}))[0].startswith(
+        "lower at theta: refuted")
+
+def test_relative_sharpness_is_a_rise_over_one_more_than_the_loss():
+    L = np.array([[1.0, 0.0], [2.0, 0.5], [0.0, 3.0]])
+    assert landscape.sharpness(L).tolist() == [[0.5, 0.5], [-0.5, 3.0]]
+
+
+def pruned(styles, **better):
+    """A Raw of `prune`, six parts with two slips; better: shares right, or slips deleted."""
+    level = {"short": 0.9, "long": 0.9, "whole": 0.9, "least": 0.8, "random": 0.4,
+             "least_cut": 0.5, "random_cut": 0.2, "found": 1.5} | better
+    keys = {("whole", 6): "whole", ("long", 4): "long", ("short", 0): "short",
+            ("least change", 4): "least", ("random", 4): "random",
+            ("least change, cut", 4): "least_cut", ("random, cut", 4): "random_cut"}
+    right = {key: near(level[name]) for key, name in keys.items()}
+    spared = {key: near(0.7) for key in keys} | {("least change", 4): near(level["found"])}
+    return prune.Raw("", styles, 6, 2, right, right, spared, dict.fromkeys(keys, 9.0))
+
+def test_prune_can_go_either_way_in_every_part():
+    verdict, numbers = prune.judge(pruned(["long", "short", "reflect"]))
+    assert verdict.count("supported") == 4
+    assert prune.draw(numbers)
+    worse = pruned(["short", "reflect"], short=0.5, whole=1.3, least_cut=0.1, found=0.2)
+    assert prune.judge(worse)[0].count("refuted") == 4
+
+def test_what_a_run_never_saw_is_not_testable_on_it():
+    verdict, numbers = prune.judge(pruned(["long"]))
+    assert verdict == ("short equivalent: not testable here (never saw `short`); "
+                       "slips can be spared: not testable here (never saw `reflect`); "
+                       "least change finds slips: not testable here (never saw `reflect`); "
+                       "least change beats random: supported")
+    assert set(numbers["gaps"]) == {"least change beats random"}
+
+
+# ------------------------------------------------------------------ verdicts on runs and arms
 
 def test_explicit_is_judged_on_questions_beyond_their_trajectories():
     def pooled(theta, further, other, follows, wrong):
@@ -104,6 +211,60 @@ def test_runs_of_two_kinds_are_looked_at_in_pairs(exits):
     assert [one.sft for one in experiments.each_model(c, ("c", "model"))] == ["a", "b"]
     exits(["pairs"], experiments.each_model, c, ("c", "model", "run"))
 
+
+def tokens_of(every, bias, slope=0.0, falls=(0.2, 0.35, 0.9), shares=None):
+    """Four tokens of each of 100 questions, their cosines close to level + slope * fall."""
+    fall = RNG.choice(falls, 400, p=shares)
+    levels = zip(gradient.MEMBERS, (every, bias))
+    cosine = {member: level + slope * fall + 0.3 * near(0, 400) for member, level in levels}
+    return gradient.Tokens(np.arange(400) // 4, fall, cosine)
+
+def judged_gradient(trained, control, **changes):
+    found = {name: control for name in gradient.CONDITIONS} | {"trained": trained} | changes
+    one_each = {member: {"another's gradient": near(0)} for member in gradient.MEMBERS}
+    return gradient.judge(("", found, one_each))
+
+def test_gradient_can_go_either_way():
+    low, middle, high = tokens_of(0, 0.1), tokens_of(0.3, 0.3), tokens_of(0.7, 0.8)
+    assert judged_gradient(high, low)[0] == "aligned: supported; a gradient step: supported"
+    assert judged_gradient(middle, low)[0] == "aligned: supported; a gradient step: refuted"
+    assert judged_gradient(middle, high)[0] == "aligned: refuted; a gradient step: refuted"
+    against_one = judged_gradient(middle, low, shuffled=high)
+    assert against_one[0] == "aligned: refuted; a gradient step: refuted"
+
+def test_gradient_is_decided_where_both_patches_agree():
+    low, one, other = tokens_of(0, 0), tokens_of(0.3, 0.8), tokens_of(-0.3, 0.3)
+    verdict = judged_gradient(one, low)[0]
+    assert verdict == "aligned: supported; a gradient step: inconclusive"
+    assert judged_gradient(other, low)[0] == "aligned: inconclusive; a gradient step: refuted"
+
+def test_gradient_is_not_testable_without_falls_to_compare():
+    low, high, flat = tokens_of(0, 0), tokens_of(0.7, 0.7), tokens_of(0, 0, falls=(0.0, 0.2))
+    verdict, numbers = judged_gradient(high, low, shuffled=flat)
+    assert verdict == "aligned: not testable here; a gradient step: supported"
+    assert set(numbers["gaps"]["a gradient step"]) == set(gradient.MEMBERS)
+    # Untrained models have no such falls and are looked at elsewhere: at the trained one's tokens.
+    assert judged_gradient(high, low, untrained=flat)[0].startswith("aligned: supported")
+    steep = tokens_of(0, 0, falls=(0.0, 3.0))               # falls, but no equal ones
+    verdict, _ = judged_gradient(high, low, shuffled=steep)
+    assert verdict.startswith("aligned: not testable here")
+    nowhere = judged_gradient(flat, flat)[0]
+    assert nowhere == "aligned: not testable here; a gradient step: not testable here"
+
+def test_gradient_compares_conditions_at_equal_falls():
+    """Cosines that follow the fall alone: a condition of larger falls has larger ones, and is not
+    ahead; a condition that follows it faster is. Falls that the other never has do not count."""
+    falls, large, small = (0.2, 0.35, 0.9, 2.0), (0.1, 0.2, 0.4, 0.3), (0.1, 0.7, 0.2, 0)
+    trained, control = (tokens_of(0, 0, 0.3, falls, shares) for shares in (large, small))
+    verdict, numbers = judged_gradient(trained, control)
+    assert not verdict.startswith("aligned: supported")
+    for member in gradient.MEMBERS:
+        means = numbers[member]["above 0.3 nats"]
+        assert means["trained"][0] - means["shuffled"][0] > 0.05
+        assert abs(numbers["gaps"]["aligned"][member]["above shuffled"][0]) < 0.025
+    faster = tokens_of(0, 0, 0.5, falls, small)
+    verdict, _ = judged_gradient(faster, trained, untrained=tokens_of(0, 0))
+    assert verdict.startswith("aligned: supported")
 
 def made_up(names, level, metrics=("exact", "mg")):
     """{arm: Arm} with every metric of an arm near level(arm)."""
@@ -208,40 +369,129 @@ def test_an_inner_loss_heeds_the_tokens_it_is_told_to(tiny):
     alone = support.inner.masked_fill(support.inner != text.END_THINK, text.IGNORE)
     torch.testing.assert_close(closing.loss(tiny, h, support.inner), inner.loss(tiny, h, alone))
 
+def test_a_ring_is_eight_points_of_every_plane(tiny):
+    """Their mean loss is that of `surface`, where every row carries its own point."""
+    asked = analyze.queries(tiny, [arithmetic.parse(q) for q in ("3+5", "9-4")], ["3+5=8", ""])
+    planes = [analyze.directions(tiny, seed) for seed in (0, 1)]
+    rings = landscape.around(tiny, planes, *asked)
+    angles = torch.arange(8) * torch.pi / 4
+    circle = torch.stack((angles.cos(), angles.sin()), 1).double()
+    ids, targets = (v.repeat_interleave(8, 0) for v in asked)
+    for radius, ring in zip(landscape.RADII, rings[1:]):
+        points = (radius * circle).repeat(2, 1)
+        slow = [analyze.surface(tiny, ids, targets, plane, points) for plane in planes]
+        expected = torch.stack(slow).mean(0).view(2, 8).mean(1)
+        np.testing.assert_allclose(ring, expected, atol=1e-7)
+    np.testing.assert_allclose(rings[0], analyze.row_loss(tiny, *asked).detach(), atol=1e-12)
+
+def test_a_trajectory_is_its_parts_and_loses_them_one_by_one():
+    t = "3+5=9W3+5=8;8*2=16"
+    parts = prune.parts_of(t)
+    assert parts == ["3+5=9W", "3+5=8;", "8*2=16"]
+    assert prune.joined(parts) == t and prune.joined(parts[:2]) == "3+5=9W3+5=8"
+    y = np.zeros(len(t) + 1)
+    y[6], y[12] = 5, 4                      # behind the W, behind the `;`
+    assert prune.changes(parts, y).tolist() == [5, 1, 4]
+    for n in (0, 1, 2):
+        q = arithmetic.parse("2+3+4+5+6")
+        assert prune.with_slips(q, random.Random(n), n).count("W") == n
+
+def test_the_part_with_the_least_change_is_deleted_first(monkeypatch):
+    """A loss that knows what every part is worth; measured again after every deletion."""
+    worth = {"2+3=5": 3, "5+4=9": 1, "9+6=15": 2}
+
+    def curves(model, questions, thinks):
+        rows = []
+        for t in thinks:
+            falls = [worth.get(part, 0) for part in t.split(";")]
+            ends = np.cumsum([0, *(len(part) + 1 for part in t.split(";"))])
+            rows.append(np.interp(range(len(t) + 1), ends, 9 - np.cumsum([0, *falls])))
+        return rows
+    monkeypatch.setattr(prune, "curves_of", curves)
+    whole = prune.parts_of("2+3=5;5+4=9;9+6=15")
+    ways = prune.shortened(None, [None], [whole], random.Random(0))
+    assert [ways["least change", k] for k in (3, 2, 1, 0)] == [
+        ["2+3=5;5+4=9;9+6=15"], ["2+3=5;9+6=15"], ["2+3=5"], [""]]
+    assert [ways["last", k] for k in (2, 1)] == [["2+3=5;5+4=9"], ["2+3=5"]]
+    assert all(ways["random", k][0].count("=") == k for k in range(4))
+
 def test_every_token_has_a_kind():
     kinds = ["operand", "operator", "operand", "operator", "slip", *["W"] * 6, "end", "operand",
              "operator", "operand", "operator", "result", "result"]
     assert tokens.kinds_of("3+5=9W3+5=8;8*2=16") == kinds
 
-def test_increments_equal_those_of_the_matrices_written_out(tiny):
-    """One question, patches as matrices of every position's own, autograd at the patched
-    weights."""
-    q, t, i = arithmetic.parse("(3+5)*2-7"), "3+5=8;8*2=16;16-7=9", 7
-    got = gradient.increments(tiny, [q], [t], [i])
-    ids = analyze.as_ids([q], [t])
-    now, then = (written_out(analyze.exact_patches(tiny, *ids, [j], bias=True).patches)
-                 for j in (i, i + 1))
+# Two trajectories of different lengths, answers of one digit and two, a token in their middle.
+GRADIENT = (("1+2", "1+2=3", 2), ("(3+5)*2-4", "3+5=8;8*2=16;16-4=12", 7))
+
+def gradient_trials():
+    questions = [arithmetic.parse(q) for q, _, _ in GRADIENT]
+    return questions, [t for _, t, _ in GRADIENT]
+
+def test_at_the_patched_weights_an_answer_has_the_loss_behind_its_prefix(tiny):
+    """Of `prefix_nll`, to rounding, for both patches; and that is what falls."""
+    questions, thinks = gradient_trials()
+    ids = analyze.as_ids(questions, thinks)
+    rows = gradient.branches(tiny, *ids)
+    _, outputs, nll, _ = gradient.at_patched(tiny, rows, *ids)
+    bias = {"2.down": gradient.last_bias(tiny, rows, outputs)}
+    h, _ = gradient.without_trajectory(tiny, rows, bias)
+    targets = text.padded([tail[1:] for tail in ids[2]], text.IGNORE)
+    again = tiny.score(h, targets.repeat(1, len(thinks[1]) + 1)).detach()
+
+    curves = analyze.prefix_nll(tiny, *ids)
+    table = gradient.increments(tiny, questions, thinks)
+    for row, L_hat in enumerate(curves):
+        for found in (nll, again):
+            losses = rows.by_copy(found)[row].sum(-1) / (len(ids[2][row]) - 1)
+            np.testing.assert_allclose(losses[:len(L_hat)], L_hat, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(table[row][0], -np.diff(L_hat), rtol=0, atol=1e-10)
+        assert np.ptp(L_hat) > 1e-3
+
+@pytest.mark.parametrize("row", (0, 1))
+def test_increments_equal_those_of_the_matrices_written_out(tiny, row):
+    """One token of one question alone, patches as matrices of every position's own, autograd at the
+    patched weights; and the bias as a difference of residuals."""
+    _, every, single = gradient.increments(tiny, *gradient_trials())[row]
+    q, t, i = GRADIENT[row]
+    prefixes = [analyze.as_ids([arithmetic.parse(q)], [t[:n]]) for n in (i, i + 1)]
+    now, then = (written_out(analyze.exact_patches(tiny, *ids, bias=True).patches)
+                 for ids in prefixes)
     own = {name: m.clone().requires_grad_() for name, m in now.items()}     # (n, out, in)
-    rows = analyze.layout(tiny, *ids)
+    gradients = gradients_of(tiny, prefixes[0], own)
+    steps = [then[name] - now[name] for name in own]
+    assert every[i] == pytest.approx(cosine([-g for g in gradients], steps), abs=1e-8)
+
+    before, after = (residual(tiny, ids, True) - residual(tiny, ids, False) for ids in prefixes)
+    along = -gradients[-1][..., 0]
+    assert single[i] == pytest.approx(cosine([along], [after - before]), abs=1e-8)
+
+def gradients_of(model, ids, own):
+    """Of one answer's summed NLL without its trajectory, at {layer: matrices (n, out, in)} of its
+    positions' own, in: 1 for a bias."""
+    rows = analyze.layout(model, *ids)
 
     def hook(name, x, y):
         if name not in own:
             return y
         z = x[:, -rows.n:]
         if own[name].size(-1) == 1:
-            z = torch.ones(1, rows.n, 1, dtype=x.dtype)
-        return torch.cat((y[:, :-rows.n], y[:, -rows.n:]
-                          + torch.einsum("bti,toi->bto", z, own[name])), 1)
+            z = torch.ones_like(z[..., :1])
+        change = torch.einsum("bti,toi->bto", z, own[name])
+        return torch.cat((y[:, :-rows.n], y[:, -rows.n:] + change), 1)
 
     mask = rows.mask(rows.nothing())
-    h = tiny(rows.ids, pos=rows.pos, mask=mask, hook=hook)[:, -rows.n:]
-    loss = tiny.score(h, torch.tensor([ids[2][0][1:]])).sum()
-    grads = dict(zip(own, torch.autograd.grad(loss, list(own.values()))))
-    steps = {name: then[name] - now[name] for name in own}
-    for name in own:
-        assert got[name] == pytest.approx(cosine([-grads[name]], [steps[name]]), abs=1e-8)
-    down = [-g for g in grads.values()]
-    assert got["all"] == pytest.approx(cosine(down, list(steps.values())), abs=1e-8)
+    h = model(rows.ids, pos=rows.pos, mask=mask, hook=hook)[:, -rows.n:]
+    loss = model.score(h, torch.tensor([ids[2][0][1:]])).sum()
+    return torch.autograd.grad(loss, list(own.values()))
+
+def residual(model, ids, with_trajectory):
+    """What leaves the last block at the answer (n, C), at its place behind the trajectory."""
+    rows, left = analyze.layout(model, *ids), []
+    seen = torch.tensor([len(ids[1][0]) if with_trajectory else 0])
+    watch = model.norm.register_forward_pre_hook(lambda _, x: left.append(x[0].detach()))
+    model(rows.ids, pos=rows.pos, mask=rows.mask(seen))
+    watch.remove()
+    return left[0][0, -rows.n:]
 
 def written_out(patches):
     """{layer: (p, z)} of one row -> {layer: matrices (n, out, in)}"""
@@ -251,6 +501,27 @@ def written_out(patches):
 def cosine(a, b):
     a, b = (torch.cat([m.flatten() for m in side]) for side in (a, b))
     return float(torch.cosine_similarity(a, b, 0))
+
+def test_yardsticks_are_the_cosines_of_gradients_written_out(tiny):
+    """Of the same matrices at all positions of an answer."""
+    questions = [arithmetic.parse(q) for q in ("1+2", "(3+5)*2-4", "9-4")]
+    shapes = {}
+    for k, block in enumerate(tiny.blocks):
+        shapes |= {f"{k}.up": block.up.weight.shape, f"{k}.down": (16, 1)}
+    every, single = [], []
+    for q in questions:
+        ids = analyze.as_ids([q], [""])
+        zeros = {name: torch.zeros(len(ids[2][0]) - 1, *shape, dtype=torch.float64).requires_grad_()
+                 for name, shape in shapes.items()}
+        gradients = [g.sum(0).flatten() for g in gradients_of(tiny, ids, zeros)]
+        every.append(torch.cat(gradients))
+        single.append(gradients[-1])
+    got = gradient.yardsticks(tiny, questions)
+    for member, g in zip(gradient.MEMBERS, (every, single)):
+        for k, name in enumerate(gradient.YARDSTICKS):
+            first = cosine([g[0]], [g[1]]), cosine([g[0]], [g[2]])
+            expected = np.mean(first) if k == 0 else cosine([g[0]], [g[1] + g[2]])
+            assert got[member][name][0] == pytest.approx(expected, abs=1e-8)
 
 def test_the_slow_side_of_the_benchmark_computes_the_same_meta_gradient(tiny):
     """A loop over questions against the dual form, on tasks of unequal lengths; and first order is
@@ -365,7 +636,7 @@ def test_the_page_says_where_its_figures_are_of_different_weights(tmp_path):
 
 def test_the_flags_of_every_named_arm_are_accepted():
     c = analyze.Analyze()
-    for module in (race, methods, length, generalize):
+    for module in (race, methods, length, generalize, cuts):
         for flags in module.ARMS.values():
             for stage in arms.stages(c, flags, 0):
                 stage.parse()

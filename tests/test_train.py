@@ -54,6 +54,13 @@ def straight(tmp_path_factory):
     return out
 
 
+def test_a_look_on_the_way_is_taken_once_and_changes_nothing(tmp_path, straight, monkeypatch):
+    seen, out = [], tmp_path / "looked"
+    monkeypatch.setattr(Run, "look", (8, lambda: seen.append(load(out / "ckpt.pt")["step"])))
+    trained(f"--out={out}", "--steps=120", *SMALL)
+    assert seen == [8]
+    assert same_weights(out, straight) and numbers_of(out) == numbers_of(straight)
+
 def test_interrupted_and_resumed_equals_straight(tmp_path, straight, start):
     """Ctrl-C as a terminal sends it, to the process that makes batches as well: a checkpoint, a
     line, exit code 130; then the same bits and log as without it."""
