@@ -93,7 +93,7 @@ def each_model(c, wanted):
 
 def together(verdicts):
     """Verdicts on several models, part by part: `a: supported in 3 of 3`."""
-    if len(verdicts) == 1:
+    if len(verdicts) == 1 or set(verdicts) == {"measured"}:
         return verdicts[0]
     spoken = []
     for parts in zip(*(verdict.split("; ") for verdict in verdicts)):

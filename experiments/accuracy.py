@@ -27,8 +27,9 @@ def draw(numbers):
     fig, ((ax,),) = panels(1, 1, width=6, heights=[3])
     for i, row in enumerate(numbers["gaps"].values()):
         for j, (mode, colour) in enumerate(MODES.items()):
-            whisker(ax, i + 0.3 * (j - 0.5), row[mode], colour, label=mode if i == 0 else None)
+            whisker(ax, i + 0.36 * (j - 0.5), row[mode], colour, width=0.34,
+                    label=mode if i == 0 else None)
     ax.set_xticks(range(len(numbers["gaps"])), list(numbers["gaps"]))
-    ax.set(ylabel="share right", xlabel="domain, operands", ylim=(0, 1.05))
-    ax.legend()
+    ax.set(ylabel="share right", xlabel="domain, operands", ylim=(0, 1.25))
+    ax.legend(ncols=2)
     return fig

@@ -11,8 +11,9 @@ import experiments
 import meta
 from data import arithmetic, text
 from data.tasks import Task, tensors
-from experiments import (arms, curve, cuts, delimiter, explicit, generalize, gradient, landscape,
-                         length, methods, order, patch, prune, race, speed, support, tokens)
+from experiments import (arms, curve, cuts, delimiter, explicit, further, generalize, gradient,
+                         landscape, length, methods, order, patch, prune, race, readout, speed,
+                         support, tokens)
 from lab import page
 from lab.run import ROOT
 from lab.verdict import decide
@@ -271,7 +272,7 @@ def made_up(names, level, metrics=("exact", "mg")):
     return {name: arms.Arm({m: near(level(name), 5, 100) for m in metrics}, {"checksums": [""]})
             for name in names}
 
-ORDER = ("weights", "weights, cut", "theta", "context, cut")
+ORDER = ("further", "further, theta", "weights, cut", "context, cut")
 
 def test_methods_can_go_either_way():
     levels = {"base": 0.1, "GRPO": 0.3, "SFT": 0.6, "SFT, then GRPO": 0.8, "SFT, then DPO": 0.5,
@@ -298,7 +299,7 @@ def test_generalize_can_go_either_way():
     assert verdict == ("trained sizes: supported; new domain: refuted; longer: not testable here")
 
 def test_order_can_go_either_way():
-    levels = {"MAML": 0.9, "no inner loop": 0.6, "no inner loop, as many steps": 0.6}
+    levels = {"MAML": 0.9, "no inner loop": 0.6}
     names = list(order.ARMS)
     good = made_up(names, lambda name: levels.get(name, 0.2), ORDER)
     assert order.judge(good)[0] == "in the weights: supported; in context: supported"
@@ -312,6 +313,52 @@ def test_support_can_go_either_way():
     verdict, _ = support.judge(raw)
     assert verdict == ("Fig. 8: supported; Fig. 8 at as many trajectories: refuted; "
                        "Fig. 9: supported")
+
+def test_further_can_go_either_way():
+    def judged(theta, theta_prime):
+        metrics = {"further": theta_prime, "further, theta": theta, "theta": theta,
+                   "weights, cut": theta_prime, "copied": 0}
+        def made(names):
+            return {name: arms.Arm({m: near(v, 5, 100) for m, v in metrics.items()},
+                                   {"checksums": [""]}) for name in names}
+        return further.judge((made(further.ARMS), made(further.MODSUM)))[0]
+    assert judged(0.1, 0.9).count("supported") == 3
+    assert judged(0.9, 0.1).count("refuted") == 3
+
+def test_readout_can_go_either_way():
+    def judged(theta, theta_prime):
+        shares = {"theta": theta, "theta_prime": theta_prime, "other": theta}
+        right = {name: {result: {0: np.zeros(200, bool), 1: np.arange(200) < 200 * share}
+                        for result in readout.RESULTS} for name, share in shares.items()}
+        best = {name: dict.fromkeys(readout.RESULTS, 1) for name in shares}
+        return readout.judge((right, best))[0]
+    assert judged(0.1, 0.9) == "supported"
+    assert judged(0.9, 0.1) == "refuted"
+    assert judged(0.5, 0.5) == "inconclusive"
+
+def test_a_probe_reads_what_is_linearly_there_and_nothing_else():
+    """Units that hold both digits among noise, and units of noise alone."""
+    generator = torch.Generator().manual_seed(0)
+    def sample(n):
+        digits = torch.randint(0, 10, (n, 2), generator=generator)
+        codes = torch.cat([torch.eye(10)[digits[:, d]] for d in (0, 1)], 1)
+        noise = torch.randn(n, 2, 30, generator=generator)
+        held = torch.cat((codes, 0.1 * noise[:, 0, 20:]), 1)
+        return digits, torch.stack((held, noise[:, 1]), 1)
+    drawn = {part: sample(n) for part, n in (("train", 1000), ("val", 100), ("test", 100))}
+    units = {part: {0: x} for part, (_, x) in drawn.items()}
+    labels = {part: digits for part, (digits, _) in drawn.items()}
+    assert readout.probe(units, labels, 0, 0)["test"].mean() == 1
+    assert readout.probe(units, labels, 0, 1)["test"].mean() < 0.1
+
+def test_partial_results_are_read_where_their_bracket_closes():
+    q = arithmetic.parse("9-((3+5)*1)")
+    ids = text.decode(text.prompt(q.text, ""))
+    places = [len("<bos>9-((3+5)") - len("<bos>") , len("<bos>9-((3+5)*1)") - len("<bos>")]
+    assert ids.startswith("<bos>9-((3+5)*1)") and readout.brackets(q) == places
+    less = arithmetic.part(q)
+    held = readout.Sample([q], [""], [less], [])
+    assert [readout.digits_of(held, j).tolist() for j in (0, 1)] == [[[0, 8]], [[0, 8]]]
 
 def test_race_can_go_either_way():
     def runs(ours, theirs, reached=True):
@@ -640,8 +687,7 @@ def test_the_flags_of_every_named_arm_are_accepted():
         for flags in module.ARMS.values():
             for stage in arms.stages(c, flags, 0):
                 stage.parse()
-    for flags in (*support.SFT.values(), *support.GRPO.values()):
+    for flags in (*support.SFT.values(), *support.GRPO.values(), *further.MODSUM.values()):
         for stage in arms.stages(c, flags, 0):
             stage.parse()
-    for flags in order.ARMS.values():
-        arms.stages(c, f"meta.py {flags}", 0)[0].parse()
+
