@@ -43,10 +43,10 @@ WHERE = {
     "theta_prime": (r"$\theta'$, trajectory in the weights", COLOURS["weights"]),
     "in_context": ("trajectory in the context", COLOURS["correct"])}
 LABELS = {
-    "further": "an operation\nbeyond it", "further_wrong": "the same,\nits result wrong",
-    "further_other": "the same,\nanother's", "whole": "its own,\nwhole",
-    "cut": "last result\ncut", "cut2": "last 2\ncut", "other": "another\nquestion's",
-    "corrupted_last": "its own,\nresult wrong"}
+    "further": "an operation\nbeyond it", "further_wrong": "that, after a\nwrong result",
+    "further_other": "that, after\nanother's", "whole": "its own,\nwhole",
+    "cut": "its own, last\nresult cut", "cut2": "its own,\nlast 2 cut",
+    "other": "another\nquestion's", "corrupted_last": "its own, last\nresult wrong"}
 CURVES = {
     "context": ("in the context", COLOURS["correct"]),
     "weights": (r"in the weights, $\theta'_i$", COLOURS["weights"]),
@@ -219,7 +219,7 @@ def draw_bars(ax, numbers, conditions=LABELS):
     marks = [(i, row["implied"][0]) for i, row in enumerate(rows.values()) if "implied" in row]
     if marks:
         ax.plot(*zip(*marks), "D", color=INK, ms=5, label=r"$\theta'$ says what it implies")
-    ax.set_xticks(range(len(rows)), [LABELS[name] for name in rows], fontsize=8)
+    ax.set_xticks(range(len(rows)), [LABELS[name] for name in rows], fontsize=7.5)
     counts = " and ".join(map(str, numbers["counts"]))
     ax.set(title=f"the question, and the trajectory read ({counts} operands, held out)",
            ylabel="share right", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))

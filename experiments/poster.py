@@ -6,7 +6,7 @@ import textwrap
 from experiments import explicit, landscape
 from lab.figure import COLOURS, INK, mosaic
 
-SHOWN = ("whole", "cut", "cut2", "other")
+SHOWN = ("further", "further_wrong", "further_other", "cut")
 INKS = {"supported": COLOURS["weights"], "refuted": COLOURS["wrong"]}
 
 
