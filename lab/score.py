@@ -103,6 +103,8 @@ def show_table(table):
     for d, ks in table.items():
         for k, m in ks.items():
             trained = int(k) in arithmetic.TRAINED.get(d, ())
-            lines.append(f"{d:8} {k:>8} {m['trajectory']:>11.1%} {m['direct']:>8.1%}"
-                         + "   never trained on" * (not trained))
+            note = "" if trained else "   never trained on"
+            if trained and int(k) == 2:             # held out as a question, not as a step
+                note = "   seen as a step of other questions"
+            lines.append(f"{d:8} {k:>8} {m['trajectory']:>11.1%} {m['direct']:>8.1%}{note}")
     return "\n".join(lines)
