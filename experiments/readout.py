@@ -5,8 +5,8 @@ any trajectory, a linear probe reads the results 8 and 16 from what enters every
 bracket that closes their part of the question. It is fitted by ridge regression on questions of
 the training split, a class a digit, and counts as right where both digits are.
 
-Supported if, at the best layer (chosen on validation questions), the probe finds either result
-more often in theta' than in theta, and than in theta' after another question's trajectory:
+For each of the two: supported if, at the best layer (chosen on validation questions), the probe
+finds it more often in theta' than in theta, and than in theta' after another question's trajectory:
 differences over held-out questions with 95 % bootstrap intervals above 0; refuted if one lies
 below 0; else inconclusive. (Every condition has a probe of its own.)
 """
@@ -20,7 +20,7 @@ from data import arithmetic, text
 from data.tasks import Task
 from lab.figure import COLOURS, panels, whiskers
 from lab.flags import fail
-from lab.verdict import decide, interval
+from lab.verdict import decide, interval, spoken
 from meta import adapted, another
 
 CLAIM = "Eq. 4: the weights of theta' hold the partial results of the trajectory"
@@ -133,13 +133,13 @@ def judge(raw):
     right, best = raw
     chosen = {condition: {result: rows[result][best[condition][result]].astype(float)
                           for result in RESULTS} for condition, rows in right.items()}
-    margins = {}
+    verdicts, gaps = {}, {}
     for result in RESULTS:
         found = chosen["theta_prime"][result]
-        margins[f"{result} result, theta' - theta"] = found - chosen["theta"][result]
-        margins[f"{result} result, theta' - after another's"] = found - chosen["other"][result]
-    verdict, gaps = decide(margins)
-    return verdict, {
+        verdicts[f"{result} result"], gaps[f"{result} result"] = decide({
+            "theta' - theta": found - chosen["theta"][result],
+            "theta' - after another's": found - chosen["other"][result]})
+    return spoken(verdicts), {
         "gaps": gaps, "layers": best, "questions": len(found),
         "right": {condition: {result: by_layer(row) for result, row in rows.items()}
                   for condition, rows in right.items()}}

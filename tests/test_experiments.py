@@ -332,9 +332,9 @@ def test_readout_can_go_either_way():
                         for result in readout.RESULTS} for name, share in shares.items()}
         best = {name: dict.fromkeys(readout.RESULTS, 1) for name in shares}
         return readout.judge((right, best))[0]
-    assert judged(0.1, 0.9) == "supported"
-    assert judged(0.9, 0.1) == "refuted"
-    assert judged(0.5, 0.5) == "inconclusive"
+    for levels, verdict in (((0.1, 0.9), "supported"), ((0.9, 0.1), "refuted"),
+                            ((0.5, 0.5), "inconclusive")):
+        assert judged(*levels) == f"first result: {verdict}; last result: {verdict}"
 
 def test_a_probe_reads_what_is_linearly_there_and_nothing_else():
     """Units that hold both digits among noise, and units of noise alone."""
