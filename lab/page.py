@@ -16,10 +16,10 @@ PARTS = ("experiment", "claim", "verdict", "criterion", "numbers", "checkpoints"
 # Tables that no experiment has written: {file: what they are}
 NOTES = {
     "robust": "`python tests/robust.py --long`, an attack on runs and files:",
-    "tried": "What was tried while the recipe of `train.py` was chosen for speed, what did not "
-             "help too. A run each (two numbers: two seeds) of a script that was not kept, on "
-             "one core: percent of 200 to 400 *validation* questions. Differences below four "
-             "points are noise. What was chosen is measured in `race`."}
+    "tried": "What was tried while the recipes of `train.py` and `meta.py` were chosen, what did "
+             "not help too. A run each (two numbers: two seeds), on one core: percent of 200 to "
+             "400 *validation* questions. Differences below four points are noise. What was "
+             "chosen is measured in `race` and `further`."}
 
 
 def results(folder):
