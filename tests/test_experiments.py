@@ -16,7 +16,7 @@ from experiments import (arms, curve, cuts, delimiter, explicit, further, genera
                          support, tokens)
 from lab import page
 from lab.run import ROOT
-from lab.verdict import decide
+from lab.verdict import bootstrap, decide
 from model import Config, Model
 
 RNG = np.random.default_rng(0)
@@ -28,6 +28,12 @@ def near(centre, *shape):
 
 def steady(centre):
     return np.full(200, centre)
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """A tenth of the bootstrap's draws, for margins that are wide."""
+    monkeypatch.setattr(bootstrap, "__defaults__", (np.mean, 200, 0.95))
 
 
 # -------------------------------------------------------------------- every criterion, either way
@@ -71,7 +77,7 @@ def cell_of_steps(domain, *levels):
 def test_a_curve_is_read_at_the_ends_of_its_steps():
     assert curve.after_steps(THINK, np.arange(len(THINK) + 1)).tolist() == [0, 5, 11, 18]
 
-def test_a_cliff_refutes_progress_in_any_domain_but_modsum():
+def test_a_cliff_refutes_progress_in_any_domain_but_modsum(few_draws):
     slope, cliff = (3, 2, 1, 0), (3, 3, 3, 0)
     verdict, _ = curve.judge({"sum": cell_of_steps("sum", *slope),
                               "modsum": cell_of_steps("modsum", *cliff)})
@@ -225,7 +231,7 @@ def judged_gradient(trained, control, **changes):
     one_each = {member: {"another's gradient": near(0)} for member in gradient.MEMBERS}
     return gradient.judge(("", found, one_each))
 
-def test_gradient_can_go_either_way():
+def test_gradient_can_go_either_way(few_draws):
     low, middle, high = tokens_of(0, 0.1), tokens_of(0.3, 0.3), tokens_of(0.7, 0.8)
     assert judged_gradient(high, low)[0] == "aligned: supported; a gradient step: supported"
     assert judged_gradient(middle, low)[0] == "aligned: supported; a gradient step: refuted"
@@ -233,13 +239,13 @@ def test_gradient_can_go_either_way():
     against_one = judged_gradient(middle, low, shuffled=high)
     assert against_one[0] == "aligned: refuted; a gradient step: refuted"
 
-def test_gradient_is_decided_where_both_patches_agree():
+def test_gradient_is_decided_where_both_patches_agree(few_draws):
     low, one, other = tokens_of(0, 0), tokens_of(0.3, 0.8), tokens_of(-0.3, 0.3)
     verdict = judged_gradient(one, low)[0]
     assert verdict == "aligned: supported; a gradient step: inconclusive"
     assert judged_gradient(other, low)[0] == "aligned: inconclusive; a gradient step: refuted"
 
-def test_gradient_is_not_testable_without_falls_to_compare():
+def test_gradient_is_not_testable_without_falls_to_compare(few_draws):
     low, high, flat = tokens_of(0, 0), tokens_of(0.7, 0.7), tokens_of(0, 0, falls=(0.0, 0.2))
     verdict, numbers = judged_gradient(high, low, shuffled=flat)
     assert verdict == "aligned: not testable here; a gradient step: supported"
@@ -252,7 +258,7 @@ def test_gradient_is_not_testable_without_falls_to_compare():
     nowhere = judged_gradient(flat, flat)[0]
     assert nowhere == "aligned: not testable here; a gradient step: not testable here"
 
-def test_gradient_compares_conditions_at_equal_falls():
+def test_gradient_compares_conditions_at_equal_falls(few_draws):
     """Cosines that follow the fall alone: a condition of larger falls has larger ones, and is not
     ahead; a condition that follows it faster is. Falls that the other never has do not count."""
     falls, large, small = (0.2, 0.35, 0.9, 2.0), (0.1, 0.2, 0.4, 0.3), (0.1, 0.7, 0.2, 0)
