@@ -91,7 +91,8 @@ def draw(numbers):
     steps.set(title=f"{numbers['title']}, {seeds_of(arms)} seeds", ylim=(0, None),
               xticks=range(len(rows)), xlabel="steps of the correct trajectory",
               ylabel=r"$\hat{L}$ (nats a token)")
-    steps.legend(fontsize=8, loc="lower left")
+    steps.set_ylim(0, 1.5 * steps.get_ylim()[1])            # room for the legend
+    steps.legend(fontsize=8, loc="upper left")
     bars(exact, {name: arm["exact"] for name, arm in arms.items()},
          xlabel="exact match, with the model's own trajectory", xlim=(0, 1))
     return fig
