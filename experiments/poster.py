@@ -13,7 +13,7 @@ INKS = {"supported": COLOURS["weights"], "refuted": COLOURS["wrong"]}
 def draw(results):
     """{experiment: what its JSON holds} -> a figure"""
     layout = [["curves", "implicit", "explicit"], ["bars", "claims", "claims"]]
-    fig, axes = mosaic(layout, (14, 10.5), height_ratios=(1, 1.5))
+    fig, axes = mosaic(layout, (14, 14), height_ratios=(1, 2.3))
     if "explicit" in results:
         numbers = results["explicit"]["numbers"]
         explicit.draw_curves(axes["curves"], numbers)
