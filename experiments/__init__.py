@@ -48,12 +48,12 @@ def run(name, c, device, models):
     judged, checkpoints, seconds = [], {}, 0.0
     for one in each_model(c, wanted):
         given = {"c": one}
-        for key, (make, folder) in makers(one).items():
-            if key in wanted:
-                if folder not in models:
-                    models[folder] = make(one, device)
-                given[key] = models[folder]
-                checkpoints[folder] = checksum(Path(folder) / "ckpt.pt")
+        for key in [key for key in wanted if key in makers(one)]:
+            make, folder = makers(one)[key]
+            if folder not in models:
+                models[folder] = make(one, device)
+            given[key] = models[folder]
+            checkpoints[folder] = checksum(Path(folder) / "ckpt.pt")
         began = time.perf_counter()                 # training is not the experiment's time
         judged.append(experiment.judge(experiment.measure(**given)))
         seconds += time.perf_counter() - began

@@ -60,7 +60,7 @@ class Path(NamedTuple):
     held: float                             # share of the path's squared length in the plane
 
 
-def measure(c, model, run):
+def measure(c, run, model):
     if run.config["inner"] != "whole":
         fail(f"{c.meta} was trained with --inner={run.config['inner']}: its path is not drawn here")
     cell = cell_of(c)
