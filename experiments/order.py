@@ -1,8 +1,9 @@
 """Does the order of the outer gradient matter? (Eq. 8, which the paper does not run)
 
 MAML, FOMAML, Reptile, ANIL and no inner loop, from an SFT of the arm's own seed, for about equal
-time by the cost of a step; what it came to stands beside the scores, as in `methods`. alpha and tau
-of every arm are the best of a small grid on validation questions (one seed, 300 steps).
+time by the cost of a step; what it came to stands beside the scores, as in `methods`. Rates and
+temperatures are MAML's, none of them tuned for another arm: against those it measures no more
+than that.
 
 in the weights: asked an operation beyond the trajectory, MAML's theta' beats FOMAML's, Reptile's,
     and the theta that was trained as long to answer without an inner loop.
