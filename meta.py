@@ -10,7 +10,7 @@ or more trajectories, its query set the answer, asked for without any trajectory
     outer loop (Eq. 8)   min_theta  sum over questions of  L_q(theta')
                          L_q: the answer's NLL after `<think></think>`
 
-No task can be solved by copying (data/tasks.py): the question goes an operation beyond the
+Few tasks can be solved by copying (data/tasks.py): the question goes an operation beyond the
 trajectory, or the trajectory misses its last result.
 
 The gradient of L_support at a linear layer y = x W is X^T D, with X the layer's inputs at the

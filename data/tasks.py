@@ -24,6 +24,11 @@ class Task(NamedTuple):
     whole: bool = True
     solved: arithmetic.Question = None
 
+    @property
+    def behind(self):
+        """The question that stands before the trajectories."""
+        return self.solved or self.question
+
 
 def without_results(think, n):
     """A trajectory's text up to the '=' of its n-th last result: `3+5=8;8*2=16` with n=1 ->
@@ -41,7 +46,7 @@ def tasks_at(step, c):
     return [task_at(rng, c) for _ in range(c.batch)]
 
 def task_at(rng, c):
-    """A task that copying cannot solve: what is asked is an operation beyond what the trajectories
+    """A task that copying seldom solves: what is asked is an operation beyond what the trajectories
     solve, or their own last result, which they miss. (A few are whole, or cut off anywhere.)"""
     further = rng.random() < c.further
     q, solved, thinks = question_at(rng, c, further)
@@ -90,8 +95,7 @@ def tensors(tasks, device="cpu"):
     an empty trajectory."""
     rows, inner, joint, step, section = [], [], [], [], []
     for task in tasks:
-        solved = task.solved or task.question
-        head, answer = text.prompt(solved.text), text.answer(solved.answer)
+        head, answer = text.prompt(task.behind.text), text.answer(task.behind.answer)
         for think in task.thinks:
             if not think:
                 raise ValueError(f"{task.question.text}: an empty trajectory is no support set")
@@ -123,6 +127,6 @@ class Sizes(NamedTuple):
 
 def sizes_of(tasks):
     answers = sum(len(t.question.answer) + 1 for t in tasks)
-    joint = sum(len(think) + t.whole + len((t.solved or t.question).answer) + 1
+    joint = sum(len(think) + t.whole + len(t.behind.answer) + 1
                 for t in tasks for think in t.thinks)
     return Sizes(len(tasks), answers, joint)
