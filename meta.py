@@ -300,7 +300,7 @@ def leave_moves(model, inner, fast, questions):
             X, D = step[name]
             move = move + inner.rate(name, k).detach() * torch.einsum("gpo,gpi->oi", D, X)
         weight = model.get_parameter(path)
-        move = move / questions
+        move = (move / questions).to(weight.dtype)
         weight.grad = move if weight.grad is None else weight.grad + move
 
 def meta_steps(c, model, inner, learned, run):

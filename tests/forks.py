@@ -28,7 +28,7 @@ SFT = ["--batch=8", "--layers=2", "--heads=2", "--width=16", *SMALL]
 META = ["--init=base/ckpt.pt", "--batch=4", *SMALL]
 GRPO = ["--init=base/ckpt.pt", "--method=grpo", "--batch=8", "--group=4", "--max_new=8", *SMALL]
 RUNS = {"sft": ("train", ["--steps=40", *SFT]), "grpo": ("train", ["--steps=20", *GRPO]),
-        "meta": ("meta", ["--steps=20", *META])}
+        "meta": ("meta", ["--steps=20", "--K=2", "--msl=0.5", "--first_order=0.3", *META])}
 GOOD = Path("sft-4")                # a run that nothing stopped, made by the row that kills
 
 
