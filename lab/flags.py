@@ -8,6 +8,7 @@ makes `--steps=N` within that interval (a round bracket leaves its end out), `--
 three, and `names` the words that belong to no flag. The rest of the comment is the help.
 """
 import argparse
+import functools
 import inspect
 import math
 import os
@@ -38,6 +39,7 @@ def real(s):
         raise ValueError
     return float(s)
 
+@functools.cache                                    # reading the source takes a while
 def notes(cls):
     """{field: (what it may be, its help)} from the comments behind a dataclass's fields.
 

@@ -58,7 +58,7 @@ ROWS = [
     ("Ctrl-C twice in a step that does not end", twice, 1, 1, "over within a second"),
     ("the process that makes batches is killed", batch_maker_killed, 1, 1,
      "one line that names --resume"),
-    ("WORLD_SIZE alone, RANK alone", half_of_torchrun, 2, 2, "refused, nothing written"),
+    ("WORLD_SIZE alone, RANK alone", half_of_torchrun, 1, 2, "refused, nothing written"),
     ("python -OO, strange letters, no compiler, ~, a closed pipe", odd_environment, 5, 5,
      "as usual"),
     ("a checkpoint of a shape that is not its weights'", crafted_shape, 10, 10,

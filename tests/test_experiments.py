@@ -607,7 +607,7 @@ def run_compare(tmp_path, arm_flags):
                         device="cpu", out=str(tmp_path))
     return experiments.run("compare", c, torch.device("cpu"), {})
 
-def test_compare_trains_what_is_missing_and_pairs_the_same_questions(tmp_path, capsys):
+def test_compare_trains_and_scores_what_is_missing_or_has_changed(tmp_path, capsys):
     first = f"{SMALL} --steps=2"
     arm_flags = [first, f"{first} | meta.py --batch=2 --steps=1", f"{first} "]
     numbers = run_compare(tmp_path, arm_flags)["numbers"]
@@ -616,23 +616,20 @@ def test_compare_trains_what_is_missing_and_pairs_the_same_questions(tmp_path, c
     same = [gap for name, gap in numbers["gaps"].items() if name.startswith(f"{first}  - ")]
     assert same and all(gap == [0, 0, 0] for gap in same)
 
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*/ckpt.pt")}
-    run_compare(tmp_path, arm_flags)
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/*/ckpt.pt")}
-
-def test_a_run_scored_before_is_scored_anew_once_its_weights_have_changed(tmp_path):
-    def kept():
-        path, = tmp_path.glob("runs/*/0/compare.json")
-        return json.loads(path.read_text())
-    arm_flags = [f"{SMALL} --steps=2", f"{SMALL} --steps=2 "]
-    run_compare(tmp_path, arm_flags)
-    assert len(kept()) == 1
-    checkpoint, = tmp_path.glob("runs/*/0/ckpt.pt")
+    changed, *others = tmp_path.glob("runs/*/*/compare.json")
+    checkpoint = changed.with_name("ckpt.pt")
     state = torch.load(checkpoint, weights_only=True)
     state["model"]["weights"]["head.weight"] += 1
     torch.save(state, checkpoint)
+    before = written(tmp_path)
     run_compare(tmp_path, arm_flags)
-    assert len(kept()) == 2
+    assert before == written(tmp_path)
+    assert len(json.loads(changed.read_text())) == 2
+    assert all(len(json.loads(path.read_text())) == 1 for path in others)
+
+def written(folder):
+    """When every checkpoint of a comparison was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/ckpt.pt")}
 
 def test_an_arm_with_bad_flags_is_refused_before_anything_is_trained(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
@@ -688,12 +685,10 @@ def test_the_page_says_where_its_figures_are_of_different_weights(tmp_path):
     assert "other weights" not in page.page(tmp_path)
 
 def test_the_flags_of_every_named_arm_are_accepted():
-    c = analyze.Analyze()
-    for module in (race, methods, length, generalize, cuts):
-        for flags in module.ARMS.values():
-            for stage in arms.stages(c, flags, 0):
-                stage.parse()
-    for flags in (*support.SFT.values(), *support.GRPO.values(), *further.MODSUM.values()):
-        for stage in arms.stages(c, flags, 0):
-            stage.parse()
+    c, tables = analyze.Analyze(), [support.SFT, support.GRPO, further.MODSUM]
+    tables += [module.ARMS for module in (race, methods, length, generalize, cuts, order)]
+    lines = [flags for table in tables for flags in table.values()]
+    stages = {stage.folder: stage for flags in lines for stage in arms.stages(c, flags, 0)}
+    for stage in stages.values():
+        stage.parse()
 
