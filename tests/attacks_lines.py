@@ -109,7 +109,7 @@ def odd_environment(i):
     a reader that goes away."""
     small = ["--steps=2", *SFT]
     if i == 0:
-        words = [ROOT / "analyze.py", "curve", "--sft=base", "--out=optimised", "--questions=4"]
+        words = [ROOT / "analyze.py", "tokens", "--sft=base", "--out=optimised", "--questions=4"]
         ended = in_process(words, PYTHONOPTIMIZE="2")
     if i == 1:
         ended = in_process([ROOT / "train.py", "--out=папка", *small], LC_ALL="C",

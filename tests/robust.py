@@ -89,8 +89,9 @@ def attempts(attack, times):
 
 def main():
     sys.path.insert(0, str(ROOT))
-    for name in ("train", "meta", "analyze", "experiments"):
-        module(name)                                # once, before the forks
+    # Once, before the forks; the last is what an optimiser imports when it is made.
+    for name in ("train", "meta", "analyze", "experiments", "torch._dynamo"):
+        module(name)
     torch.set_num_threads(1)
     lost = []
     with tempfile.TemporaryDirectory() as folder:
