@@ -22,7 +22,7 @@ META = "--steps=1500 | meta.py"
 ARMS = {
     "inner loop": META,
     "inner loop, without </think>": f"{META} --unclosed --steps=2000",
-    "no inner loop": f"{META} --algo=none --steps=1350"}
+    "no inner loop": f"{META} --algo=none --steps=1500"}
 MODSUM = {"inner loop, modulo 97": f"{META} --domain=modsum"}
 SHOWN = ("further", "copied", "further, theta", "weights, cut")
 
