@@ -14,8 +14,8 @@ share that form:
           a step reduces the first two
 
 and six styles of trajectory: `long` (one operation a step), `short` (up to two a step), `padded`
-(`short`, then dots up to the length of a `long` one), `reflect` (some steps wrong at first, then
-`W` and the right one), `filler` (only dots) and `direct` (none).
+(`short`, as long as a `long` one by dots before the result of two operations), `reflect` (some
+steps wrong at first, then `W` and the right one), `filler` (only dots) and `direct` (none).
 
     python -m data.arithmetic        # prints examples of each
 """
@@ -350,7 +350,9 @@ def steps(q, rng, style="long", wrong_at=None, p_wrong=0.3):
     if style == "padded":
         ts, answer = steps(q, rng, "short")
         dots = len(trajectory(q, rng)) - len(";".join(ts))
-        return [*ts[:-1], ts[-1] + "." * dots], answer
+        k = max(range(len(ts)), key=lambda i: sum(c in "+-*" for c in ts[i]))
+        ts[k] = ts[k].replace("=", "=" + "." * dots)
+        return ts, answer
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
 
@@ -433,7 +435,7 @@ def reward(q, output):
 def _after(q, states, step):
     """The states that a step's text `left=result` can lead to from any of `states`."""
     left, _, result = step.partition("=")
-    v, after = number(result), set()
+    v, after = number(result.lstrip(".")), set()
     if v is None:
         return after
     for state in states:
@@ -453,7 +455,7 @@ def check(q, trajectory):
     if not trajectory:
         return []
     states, verdicts = {q.state}, []
-    for part in trajectory.rstrip(".").split(";"):
+    for part in trajectory.split(";"):
         *slips, step = part.split("W")
         states = _after(q, states, step)
         left, _, result = step.partition("=")

@@ -8,8 +8,7 @@ reasons on: theta' is right more often than theta, trained for as long to answer
 without </think>: the inner loss leaves out the token behind a trajectory, and takes longer to
     learn. theta' is right more often than its own theta, and so it is where the last result of the
     question's own trajectory is cut off.
-modulo 97: theta' is right more often than its own theta where that cannot do the operation in its
-    head.
+modulo 97: theta' is right more often than its own theta, which hardly ever is without a trajectory.
 
 Differences over seeds and questions: supported where all 95 % intervals are above 0, refuted where
 one is below, else inconclusive.

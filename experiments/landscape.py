@@ -8,11 +8,13 @@ exact patches as tokens enter the context, and the inner loop's theta'_i.
 lower at theta: the trajectory in context lowers L_q, and more than another question's does, which
     restates that it helps.
 wider at a radius: its relative sharpness there, (L_ring - L_theta) / (1 + L_theta), is smaller than
-    without a trajectory (after 1609.04836, with the mean over a ring in place of the maximum).
+    without a trajectory, and than with another question's (after 1609.04836, with the mean over a
+    ring in place of the maximum).
 
 A ring is eight points in each of three random planes; radii are in filter norms. Each part is
 supported if its 95 % intervals over questions lie above 0, refuted if one lies below 0, else
-inconclusive. Another question's trajectory is shown beside them.
+inconclusive. A loss that is high can fall on a ring, and one near 0 only rise: where another
+question's trajectory counts as wider, this measure shows no basin of the right one's.
 """
 import math
 from typing import NamedTuple
@@ -195,9 +197,11 @@ def margins(loss):
     without, context, other = (loss[name] for name in CONDITIONS)
     parts = {"lower at theta": {"without - in context": without[0] - context[0],
                                 "another's - in context": other[0] - context[0]}}
-    gaps = sharpness(without) - sharpness(context)
-    for radius, gap in zip(RADII, gaps):
-        parts[f"wider at {radius:g}"] = {"sharpness without - in context": gap}
+    sharp = sharpness(context)
+    gaps = zip(RADII, sharpness(without) - sharp, sharpness(other) - sharp)
+    for radius, gap, control in gaps:
+        parts[f"wider at {radius:g}"] = {"sharpness without - in context": gap,
+                                         "sharpness with another's - in context": control}
     return parts
 
 

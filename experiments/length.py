@@ -1,6 +1,7 @@
 """Are longer trajectories better, being more inner steps? (Table 2)
 
-long: an operation a step; short: two. padded short: dots up to long's length.
+long: an operation a step; short: two. padded short: as many tokens as long, by dots in front of a
+result of two operations, where a model could use them to find it.
 
 finer steps: long beats short at as many questions and at as many tokens.
 a token is a step: padding gives short at least half of what long has over it.

@@ -21,6 +21,7 @@ GRPO = {
     f"{n} of 16, {steps} steps":
         f"{methods.BASE} | {methods.RL} --warmup=4 --update={n} --steps={steps}"
     for steps in (24, 96) for n in (16, 4, 2)}
+ARMS = SFT | GRPO
 
 
 def measure(c):

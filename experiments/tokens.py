@@ -3,8 +3,9 @@
 Signed one-step falls of L_hat by kind of token, against other tokens in the same fifth of their
 trajectory.
 
-results lower it more: they make L_hat fall more than other tokens do. Supported where the 95 %
-    bootstrap interval over questions lies above 0, refuted where it lies below.
+results lower it more: they make L_hat fall more than other tokens do. The last result, which is the
+    answer itself, is kept apart. Supported where the 95 % bootstrap interval over questions lies
+    above 0, refuted where it lies below.
 roles differ: the same, two-sided. Supported where the interval lies on either side of 0.
 reflection, net: a slip raises L_hat and its correction mends that, so that they count together.
     L_hat before the slip less L_hat after the correction, per token of slip, `W` and correction,
@@ -31,6 +32,7 @@ FIFTHS = 5
 KINDS = {                                   # {kind: (label, colour)}
     "operand": ("operand", COLOURS["filler"]), "operator": ("operator", COLOURS["filler"]),
     "result": ("result", COLOURS["correct"]), "end": ("end of\na step (;)", COLOURS["filler"]),
+    "last": ("last result,\nthe answer", COLOURS["theta"]),
     "slip": ("slip", COLOURS["other"]), "W": ("W and its\ncorrection", COLOURS["wrong"]),
     "net": ("net of slip\nand W", COLOURS["weights"])}
 
@@ -67,7 +69,10 @@ def kinds_of(think):
                 kinds += ["operator"] * len(equals) + ["slip" if slips else "result"] * len(right)
             kinds += ["W"] * slips
         kinds.append("end")
-    return kinds[:-1]
+    kinds, digits = kinds[:-1], len(think.rpartition("=")[2])
+    if kinds[-1] == "result":               # else the correction of a slip
+        kinds[-digits:] = ["last"] * digits
+    return kinds
 
 
 # ----------------------------------------------------------------------------------------- judge

@@ -90,9 +90,9 @@ def origin(name, result):
     weights = [f"`{folder}` ({digits})" for folder, digits in result["checkpoints"].items()]
     if result.get("seeds"):
         weights.append(f"{result['seeds']} seeds an arm")
-    line = (f"`{result['command']}`: at most {result['config']['questions']} questions a cell, "
-            f"{', '.join(weights)}; `{name}.json`, revision {result['revision']}, evaluated in "
-            f"{result['seconds']} s.")
+    looked_at = [f"at most {result['config']['questions']} questions a cell", *weights]
+    line = (f"`{result['command']}`: {', '.join(looked_at)}; `{name}.json`, revision "
+            f"{result['revision']}, evaluated in {result['seconds']} s.")
     return textwrap.fill(line, 100, break_on_hyphens=False)
 
 def deciding(node, name="", inside=False):

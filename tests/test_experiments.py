@@ -146,13 +146,15 @@ def test_a_basin_has_a_verdict_at_every_radius():
     def rings(*levels):
         return np.stack([near(level) for level in levels])
     loss = {"without": rings(1, 2, 2, 2, 2), "context": rings(0, 0, 0.5, 1, 2),
-            "other": rings(5, 5, 5, 5, 5)}
+            "other": rings(5, 9, 9, 11, 20)}
     raw = landscape.Raw(loss, "", {}, {})
     assert landscape.judge(raw)[0] == (
         "lower at theta: supported; wider at 0.1: supported; wider at 0.25: inconclusive; "
         "wider at 0.5: refuted; wider at 1: refuted")
-    assert landscape.judge(raw._replace(loss=loss | {"other": loss["context"] - 1}))[0].startswith(
-        "lower at theta: refuted")
+    worse = landscape.judge(raw._replace(loss=loss | {"other": loss["context"] - 1}))[0]
+    assert worse.startswith("lower at theta: refuted")
+    flat = landscape.judge(raw._replace(loss=loss | {"other": rings(5, 4, 4, 4, 4)}))[0]
+    assert flat.startswith("lower at theta: supported; wider at 0.1: refuted")
 
 def test_relative_sharpness_is_a_rise_over_one_more_than_the_loss():
     L = np.array([[1.0, 0.0], [2.0, 0.5], [0.0, 3.0]])
@@ -470,8 +472,10 @@ def test_the_part_with_the_least_change_is_deleted_first(monkeypatch):
 
 def test_every_token_has_a_kind():
     kinds = ["operand", "operator", "operand", "operator", "slip", *["W"] * 6, "end", "operand",
-             "operator", "operand", "operator", "result", "result"]
+             "operator", "operand", "operator", "last", "last"]
     assert tokens.kinds_of("3+5=9W3+5=8;8*2=16") == kinds
+    assert tokens.kinds_of("3+5=8;8*2=15W8*2=16")[4:6] == ["result", "end"]
+    assert tokens.kinds_of("3+5=8;8*2=15W8*2=16")[-6:] == ["W"] * 6
 
 # Two trajectories of different lengths, answers of one digit and two, a token in their middle.
 GRADIENT = (("1+2", "1+2=3", 2), ("(3+5)*2-4", "3+5=8;8*2=16;16-4=12", 7))
@@ -685,8 +689,8 @@ def test_the_page_says_where_its_figures_are_of_different_weights(tmp_path):
     assert "other weights" not in page.page(tmp_path)
 
 def test_the_flags_of_every_named_arm_are_accepted():
-    c, tables = analyze.Analyze(), [support.SFT, support.GRPO, further.MODSUM]
-    tables += [module.ARMS for module in (race, methods, length, generalize, cuts, order)]
+    modules = (race, methods, length, generalize, cuts, order, support, further)
+    c, tables = analyze.Analyze(), [further.MODSUM, *(module.ARMS for module in modules)]
     lines = [flags for table in tables for flags in table.values()]
     stages = {stage.folder: stage for flags in lines for stage in arms.stages(c, flags, 0)}
     for stage in stages.values():
