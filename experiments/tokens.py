@@ -32,7 +32,7 @@ FIFTHS = 5
 KINDS = {                                   # {kind: (label, colour)}
     "operand": ("operand", COLOURS["filler"]), "operator": ("operator", COLOURS["filler"]),
     "result": ("result", COLOURS["correct"]), "end": ("end of\na step (;)", COLOURS["filler"]),
-    "last": ("last result,\nthe answer", COLOURS["theta"]),
+    "last": ("the\nanswer", COLOURS["theta"]),
     "slip": ("slip", COLOURS["other"]), "W": ("W and its\ncorrection", COLOURS["wrong"]),
     "net": ("net of slip\nand W", COLOURS["weights"])}
 
@@ -168,5 +168,5 @@ def draw(numbers):
               title="the notebook's ratio, spanning one step or two")
     ratio.legend()
     for ax, names in ((beyond, kinds), (ratio, kinds_alone)):
-        ax.set_xticks(range(len(names)), [KINDS[kind][0] for kind in names], fontsize=8)
+        ax.set_xticks(range(len(names)), [KINDS[kind][0] for kind in names], fontsize=7.5)
     return fig
