@@ -5,9 +5,10 @@ Fig. 8 at as many trajectories: 2,000 of them are worth more as 4 or 16 each of 
     as one each of 2,000.
 Fig. 9: outputs of a group that enter GRPO's gradient, the advantages using all 16, at as many
     rollouts: 16 beat 4 and 2, after 24 steps and after 96.
+Fig. 9, mG-Pass@8: the same for samples in place of greedy answers.
 
-Exact match over seeds and questions: supported where all 95 % intervals are above 0, refuted where
-one is below, else inconclusive.
+Exact match, but for the last, over seeds and questions: supported where all 95 % intervals are
+above 0, refuted where one is below, else inconclusive.
 """
 from experiments import methods
 from experiments.arms import difference, draw_arms, kept, run_arms, seeds_of
@@ -29,16 +30,19 @@ def measure(c):
 
 def judge(raw):
     sft, grpo = raw["SFT"], raw["GRPO"]
-    each, one, rollouts = {}, {}, {}
+    each, one, rollouts, sampled = {}, {}, {}, {}
     for n in (4, 16):
         each |= difference(sft, f"500 questions, {n} each", "500 questions, 1 each")
     for fewer in ("500 questions, 4 each", "125 questions, 16 each"):
         one |= difference(sft, fewer, "2000 questions, 1 each")
     for steps in (24, 96):
         for n in (4, 2):
-            rollouts |= difference(grpo, f"16 of 16, {steps} steps", f"{n} of 16, {steps} steps")
+            pair = f"16 of 16, {steps} steps", f"{n} of 16, {steps} steps"
+            rollouts |= difference(grpo, *pair)
+            sampled |= difference(grpo, *pair, "mg")
     verdicts, gaps = {}, {}
-    parts = {"Fig. 8": each, "Fig. 8 at as many trajectories": one, "Fig. 9": rollouts}
+    parts = {"Fig. 8": each, "Fig. 8 at as many trajectories": one, "Fig. 9": rollouts,
+             "Fig. 9, mG-Pass@8": sampled}
     for part, margins in parts.items():
         verdicts[part], gaps[part] = decide(margins)
     return spoken(verdicts), {"gaps": gaps, "SFT": kept(sft), "GRPO": kept(grpo)}

@@ -318,9 +318,11 @@ def test_support_can_go_either_way():
     sft = dict(zip(support.SFT, (0.1, 0.4, 0.8, 0.9, 0.2)))
     grpo = dict(zip(support.GRPO, (0.8, 0.5, 0.3, 0.9, 0.6, 0.6)))
     raw = {"SFT": made_up(sft, sft.get), "GRPO": made_up(grpo, grpo.get)}
+    for name, arm in raw["GRPO"].items():
+        arm.scores["mg"] = near(1 - grpo[name], 5, 100)
     verdict, _ = support.judge(raw)
     assert verdict == ("Fig. 8: supported; Fig. 8 at as many trajectories: refuted; "
-                       "Fig. 9: supported")
+                       "Fig. 9: supported; Fig. 9, mG-Pass@8: refuted")
 
 def test_further_can_go_either_way():
     def judged(theta, theta_prime):
