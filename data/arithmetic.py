@@ -448,10 +448,10 @@ def check(q, trajectory):
     """One verdict a step of a trajectory's text: may this part be reduced now, and is its result
     right? -> list of bool, empty for an empty trajectory.
 
-    `a=1Wa=2` counts as right if the slip is wrong, the correction right. Equal parts of a tree look
-    the same in text, so every state that fits the steps so far is kept. After a wrong step the
-    state is unknown: everything after it is False. The last step is also False if it leaves the
-    question unfinished."""
+    `a=1Wa=2` counts as right if the slip is wrong, the correction right; dots before a result say
+    nothing. Equal parts of a tree look the same in text, so every state that fits the steps so far
+    is kept. After a wrong step the state is unknown: everything after it is False. The last step is
+    also False if it leaves the question unfinished."""
     if not trajectory:
         return []
     states, verdicts = {q.state}, []

@@ -46,8 +46,7 @@ def page(folder, pictures=""):
         "Written by `lab/page.py` from the JSON beside each figure. Intervals are of 95 %: "
         "Wilson's for shares, a bootstrap over questions, and over seeds and questions a t "
         "interval with Satterthwaite's degrees of freedom; before one refutes, it is widened "
-        "for the number of margins (Bonferroni). Figures of revisions before 798f59a had "
-        "bootstraps only.", 100))
+        "for the number of margins (Bonferroni).", 100))
     mixed = runs_that_changed(found)
     if mixed:
         parts.append(f"**Not all of one model:** {', '.join(mixed)} had other weights when some of "

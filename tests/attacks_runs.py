@@ -36,9 +36,10 @@ def once_more(_):
     same(product("twin"), product(GOOD))
 
 def stop(i):
-    number, code = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][i]
-    out = Path(f"stopped-{code}")
-    pid, err = start("train", [f"--out={out}", "--steps=100000", *SFT, "--save_every=9"])
+    number, code = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGTERM, 143)][i]
+    script, args = [("train", SFT), ("train", SFT), ("meta", META)][i]
+    out = Path(f"stopped-{i}")
+    pid, err = start(script, [f"--out={out}", "--steps=100000", *args, "--save_every=9"])
     appears(out / "ckpt.pt")
     os.kill(pid, number)
     ended = finish(pid, err)
