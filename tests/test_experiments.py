@@ -371,13 +371,14 @@ def test_partial_results_are_read_where_their_bracket_closes():
     assert [readout.digits_of(held, j).tolist() for j in (0, 1)] == [[[0, 8]], [[0, 8]]]
 
 def test_race_can_go_either_way():
-    def runs(ours, theirs, reached=True):
+    def runs(theirs, best, reached=True):
         rows = {name: {"seconds": [theirs] * 3, "reached": [True] * 3} for name in race.ARMS}
-        rows["ours"] = {"seconds": [ours] * 3, "reached": [reached] * 3}
+        rows["nanoGPT's at a better rate"]["seconds"] = [best] * 3
+        rows["ours"] = {"seconds": [10] * 3, "reached": [reached] * 3}
         return race.judge(rows)[0]
-    assert runs(10, 40) == "supported"
-    assert runs(10, 20) == "refuted"
-    assert runs(10, 40, reached=False) == "inconclusive"
+    assert runs(40, 21) == "supported"
+    assert runs(40, 19) == runs(19, 40) == "refuted"
+    assert runs(40, 21, reached=False) == "inconclusive"
 
 
 # -------------------------------------------------------------------- constructions, slow paths
