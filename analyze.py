@@ -190,24 +190,28 @@ def curves_of(model, questions, thinks, answers=None, size=64):
 
 # ------------------------------------------------ L_q(theta'_i), the explicit inner loop (Eq. 4)
 
-def explicit_curves(model, inner, questions, thinks, mode="whole", size=512, solved=None):
+def explicit_curves(model, inner, questions, thinks, mode="whole", size=128, solved=None):
     """L_q(theta'_i) for i = 0..|t|: theta'_i from the inner loop on the first i tokens, the query
     without any trajectory. The counterpart of `prefix_nll`.
 
     Every prefix runs its own inner loop, as one more question of a batch (i = 0: theta itself).
     solved: the questions that the trajectories solve, default those asked."""
-    prefixes = [tasks.Task(q, [t[:i]], solved=behind)
-                for q, t, behind in zip(questions, thinks, solved or questions)
-                for i in range(1, len(t) + 1)]
-    moved = []
-    for i in range(0, len(prefixes), size):
-        fast, query = meta.adapted(model, inner, prefixes[i:i + size], mode)
-        with torch.no_grad():
-            moved += row_loss(model, query.ids, query.targets, hook=fast).tolist()
     with torch.no_grad():
         at_theta = row_loss(model, *queries(model, questions, [""] * len(questions))).tolist()
-    moved = iter(moved)
-    return [np.array([first, *(next(moved) for _ in t)]) for first, t in zip(at_theta, thinks)]
+    curves = [np.full(1 + len(t), first) for first, t in zip(at_theta, thinks)]
+    # Prefixes of about one length side by side: little is padded.
+    places = [(i, k) for k, t in enumerate(thinks) for i in range(1, len(t) + 1)]
+    places.sort()
+    solved = solved or questions
+    for start in range(0, len(places), size):
+        part = places[start:start + size]
+        prefixes = [tasks.Task(questions[k], [thinks[k][:i]], solved=solved[k]) for i, k in part]
+        fast, query = meta.adapted(model, inner, prefixes, mode)
+        with torch.no_grad():
+            losses = row_loss(model, query.ids, query.targets, hook=fast).tolist()
+        for (i, k), loss in zip(part, losses):
+            curves[k][i] = loss
+    return curves
 
 
 # ------------------------------------------------------ a context as weights (Proposition 2.1)
@@ -372,7 +376,7 @@ def step_along(d, x):
     return torch.einsum("bti,toi->bto", x[:, -d.size(0):], d)
 
 @torch.no_grad()
-def surface(model, ids, targets, plane, points, fast=None, size=1024, **kw):
+def surface(model, ids, targets, plane, points, fast=None, size=256, **kw):
     """L_q of every row at theta + a d1 + b d2, (a, b) = points[row], plane = (d1, d2) as in
     `step_along`. fast: around its theta' instead.
 

@@ -486,11 +486,13 @@ def another(q, questions, rng):
     others = [o for o in questions if o.answer != q.answer]
     return rng.choice(others) if others else None
 
-def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=None):
+def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=None,
+             at_theta=None):
     """Answers under a condition -> {theta, theta_prime, in_context: list of bool, right or not;
     implied, implied_in_context: is it what the trajectory implies, where that is not right?}
 
-    written: the trajectories that the model wrote itself, for `own`. {} if there is no trial."""
+    written: the trajectories that the model wrote itself, for `own`. at_theta: {question: theta's
+    answer, which knows no trajectory}, if it has answered before. {} if there is no trial."""
     rng = random.Random(f"{seed}/{questions[0].text}/{condition}")
     if condition == "own":
         trials = [(q, Trial(t, q)) for q, t in zip(questions, written) if t and text.plain(t)]
@@ -504,7 +506,11 @@ def outcomes(model, inner, questions, condition, mode="whole", seed=0, written=N
     for where in ("theta", "theta_prime", "in_context"):
         if where == "theta_prime" and inner is None:
             continue
-        got = answers(model, qs, thinks, inner, where, mode, solved=[t.solved for _, t in trials])
+        if where == "theta" and at_theta:
+            got = [at_theta[q] for q in qs]
+        else:
+            solved = [t.solved for _, t in trials]
+            got = answers(model, qs, thinks, inner, where, mode, solved=solved)
         row[where] = [arithmetic.verify(q, a) for q, a in zip(qs, got)]
         implied = [a == t.implied for (_, t), a in zip(trials, got) if t.implied]
         if implied and where != "theta":
@@ -518,7 +524,8 @@ def meta_test(model, inner, cells, n, mode="whole", seed=0):
         for k in counts:
             qs = score.held_out(domain, k, n)
             written = [t for t, _ in score.respond(model, qs)]
-            rows = {condition: outcomes(model, inner, qs, condition, mode, seed, written)
+            at_theta = dict(zip(qs, answers(model, qs, [""] * len(qs), where="theta")))
+            rows = {condition: outcomes(model, inner, qs, condition, mode, seed, written, at_theta)
                     for condition in CONDITIONS}
             rows = {condition: row for condition, row in rows.items() if row}
             table.setdefault(domain, {})[str(k)] = rows

@@ -178,7 +178,7 @@ def draw(numbers):
     ax.set_yticks(range(len(runs)), list(runs))
     longest = max(max(run["seconds"]) for run in runs.values())
     ax.set(xlabel=f"seconds to 95 % (median of {len(runs['ours']['seconds'])} seeds)",
-           ylim=(len(runs) - 0.4, -0.6), xlim=(0, 1.45 * longest))
+           ylim=(len(runs) - 0.4, -0.6), xlim=(0, 1.75 * longest))
     return fig
 
 

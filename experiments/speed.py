@@ -105,22 +105,23 @@ def attention_pairs(device):
                    "written out / fused", lambda: both_ways(True), lambda: both_ways(False))
 
 def training_pairs(model, device):
-    rng, mix, c = random.Random(0), text.Mix(), train.Train()
-    examples = sorted((mix.sample(rng) for _ in range(c.batch)), key=example_length)
+    rng, mix, size = random.Random(0), text.Mix(), train.Train.batch
+    examples = [mix.sample(rng) for _ in range(size)]
+    rows = sorted(map(text.encoded, examples), key=lambda row: len(row[0]))
+    halves = [one_a_row(part, device) for part in (rows[:size // 2], rows[size // 2:])]
     pack = text.batch(examples, device)
-    half = c.batch // 2
-    halves = [one_a_row(examples[:half], device), one_a_row(examples[half:], device)]
 
-    def learn(*batches, dtype=None):
+    def learn_padded():
+        for ids, targets in halves:
+            gradients(model, model.nll(ids, targets).sum())
+
+    def learn_packed(dtype=None):
         with machine.computing_in(model, dtype):
-            for b in batches:
-                nll = model.nll(b.ids, b.targets, pos=b.pos, mask=b.mask())
-                gradients(model, nll.sum())
+            nll = model.nll(pack.ids, pack.targets, pos=pack.pos, mask=pack.mask())
+            gradients(model, nll.sum())
     name = "SFT forward and backward"
-    yield Pair(f"{name}: two chunks, sorted and padded / packed", lambda: learn(*halves),
-               lambda: learn(pack))
-    yield Pair(f"{name}: float32 / bfloat16", lambda: learn(pack),
-               lambda: learn(pack, dtype=torch.bfloat16))
+    yield Pair(f"{name}: two chunks, sorted and padded / packed", learn_padded, learn_packed)
+    yield Pair(f"{name}: float32 / bfloat16", learn_packed, lambda: learn_packed(torch.bfloat16))
 
     hidden = list(model.blocks.parameters())
     for p in hidden:
@@ -130,16 +131,10 @@ def training_pairs(model, device):
     yield Pair("Muon's step in bfloat16: torch.optim.Muon / ours", theirs.step, ours.step)
     model.zero_grad()
 
-def example_length(example):
-    return len(example.question + example.think)
-
-def one_a_row(examples, device):
-    """What packing replaces: a batch of one sample a row."""
-    rows = [text.batch([e], device, room=1) for e in examples]
-    fills = text.Batch(text.PAD, text.IGNORE, 0, 0)
-    columns = zip(*rows)
-    return text.Batch(*(text.padded([t[0].tolist() for t in column], fill, device)
-                        for column, fill in zip(columns, fills)))
+def one_a_row(rows, device):
+    """What packing replaces: a sample a row, padded -> (ids, targets)"""
+    ids, targets = zip(*rows)
+    return text.padded(ids, text.PAD, device), text.padded(targets, text.IGNORE, device)
 
 def generation_pairs(model, device, rng):
     prompts = [digits(rng, 16) for _ in range(64)]
@@ -207,8 +202,7 @@ def sft_rate(dtype, device):
     rate = np.median([tokens / s for tokens, s in zip(rates[5:], seconds[5:])])
     return float(rate), sum(p.numel() for p in model.parameters())
 
-
-def rates_of(model, device):
+def rates_of(device):
     """{what: how fast}"""
     n, rates = 8192 if device.type == "cuda" else 2048, {}
     for dtype in (None, torch.bfloat16):
@@ -220,9 +214,6 @@ def rates_of(model, device):
         rates[f"matmul {n} x {n}, {name}, GFLOP/s"] = round(matmul / 1e9, 1)
         rates[f"SFT step, {name}, tokens a second"] = round(tokens)
         rates[f"SFT step, {name}, share of that rate"] = round(tokens * 6 * parameters / matmul, 3)
-    prompts = [[3] * 16] * 64
-    seconds = median_seconds(lambda: model.generate(prompts, -1, 48))
-    rates["generation, tokens a second"] = round(64 * 48 / seconds)
     return rates
 
 
@@ -234,7 +225,7 @@ def measure(c, model):
              generation_pairs(model, device, rng), curve_pairs(model, rng),
              meta_pairs(model, device, rng)]
     return {"ratios": {pair.name: ratio(pair) for group in pairs for pair in group},
-            "rates": rates_of(model, device), "device": machine.device_name(device),
+            "rates": rates_of(device), "device": machine.device_name(device),
             "torch": torch.__version__}
 
 def judge(raw):

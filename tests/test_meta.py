@@ -517,6 +517,9 @@ def test_outcomes_are_right_answers_and_those_that_a_misleading_trajectory_impli
     yes, no, inner = [True] * 8, [False] * 8, inner_of(tiny)
     plain = {"theta": no, "theta_prime": yes, "in_context": yes}
     assert meta.outcomes(tiny, inner, questions, "whole") == plain
+    known = {q: q.answer for q in questions}
+    known = meta.outcomes(tiny, inner, questions, "whole", at_theta=known)
+    assert known == plain | {"theta": yes}
     misled = {"theta": no, "theta_prime": no, "in_context": yes, "implied": yes,
               "implied_in_context": no}
     assert meta.outcomes(tiny, inner, questions, "further") == misled
