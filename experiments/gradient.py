@@ -241,23 +241,23 @@ def by_bin(tokens, values, edges=FALL):
 def gap(pairs, axis=0):
     """(questions, 2: a condition and its control, 2, bins) -> how much larger its mean cosine is at
     equal falls, over bins that count as often as both have tokens there."""
-    sums, counts = pairs.sum(axis).swapaxes(0, 1)
-    own, control = sums / np.maximum(counts, 1)
-    weight = in_common(pairs)
-    return (weight * (own - control)).sum() / max(weight.sum(), 1)
+    means, weight = mean_of(pairs, axis), in_common(pairs, axis)
+    gaps = means[..., 0, :] - means[..., 1, :]
+    return (weight * gaps).sum(-1) / np.maximum(weight.sum(-1), 1)
 
-def in_common(pairs):
+def in_common(pairs, axis=0):
     """How many tokens a bin has on the side that has fewer."""
-    return pairs[:, :, 1].sum(0).min(0)
+    return pairs[..., 1, :].sum(axis).min(-2)
 
 def mean_of(rows, axis=0):
     """Rows of `by_bin` -> a mean a bin"""
-    sums, counts = rows.sum(axis)
-    return sums / np.maximum(counts, 1)
+    sums = rows.sum(axis)
+    return sums[..., 0, :] / np.maximum(sums[..., 1, :], 1)
 
 def mean_above(fall, tokens, member):
-    rows = by_bin(tokens, tokens.cosine[member], (fall, FALL[-1]))[..., 0]
-    return interval(rows[rows[:, 1] > 0], mean_of)
+    rows = by_bin(tokens, tokens.cosine[member], (fall, FALL[-1]))              # a single bin
+    rows = rows[rows[:, 1, 0] > 0]
+    return interval(rows, lambda rows, axis: mean_of(rows, axis)[..., 0])
 
 def by_fall(tokens, member):
     """The curve of mean cosines over falls, where there are enough tokens."""

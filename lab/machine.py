@@ -187,10 +187,10 @@ def lost_a_process(error):
 
 
 def made_ahead(batches, steps, device):
-    """Items of a dataset, namedtuples of tensors, in the order of `steps`, on the device: other
-    processes make them while this one learns."""
+    """Items of a dataset, namedtuples of tensors, in the order of `steps`, on the device: for a GPU
+    other processes make them while this one learns. A CPU that learns has no core to spare."""
     cuda = device.type == "cuda"
-    workers = min(15, os.cpu_count() - 1) if cuda else 1
+    workers = min(15, os.cpu_count() - 1) if cuda else 0
     loader = DataLoader(batches, sampler=steps, batch_size=None, num_workers=workers,
                         pin_memory=cuda, worker_init_fn=keep_out)
     for batch in loader:

@@ -74,7 +74,7 @@ def mg_pass_at_k(n, c, k):
         return sum(ways) / math.comb(n, k)
     return 2 / k * sum(at_least(i) for i in range(math.ceil(k / 2) + 1, k + 1))
 
-def exact_match(model, cells, n, seed=0, size=1024):
+def exact_match(model, cells, n, seed=0, size=400):
     """{domain: {operands: {mode: share right}}} over n held-out questions a cell, and a few
     mistakes as text."""
     questions = [q for d, ks in cells.items() for k in ks for q in held_out(d, k, n, seed=seed)]

@@ -8,10 +8,14 @@ FRACTION = np.linspace(0, 1, 41)
 
 
 def bootstrap(values, statistic=np.mean, draws=2000, level=0.95):
-    """A statistic over the first axis and its percentile interval -> (estimate, low, high)."""
+    """A statistic over the first axis and its percentile interval -> (estimate, low, high). It must
+    know `axis`: a stack of draws is given with the second."""
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(0)
-    n = len(values)
-    again = [statistic(values[rng.integers(0, n, n)], axis=0) for _ in range(draws)]
+    n, again = len(values), []
+    stack = max(1, 2**20 // values.size)                    # 8 MB of them
+    for i in range(0, draws, stack):
+        picks = rng.integers(0, n, (min(stack, draws - i), n))
+        again.extend(statistic(values[picks], axis=1))
     low, high = np.quantile(again, ((1 - level) / 2, (1 + level) / 2), axis=0)
     return statistic(values, axis=0), low, high
 

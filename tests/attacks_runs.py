@@ -13,12 +13,13 @@ from forks import (GOOD, GRPO, META, RUNS, SFT, SMALL, appears, finish, log_of, 
 
 
 def kill(i):
-    """Half of the runs do little but write checkpoints; every other six die while they learn."""
+    """Half of the runs do little but write checkpoints; every other six die while they learn, and
+    every other one leaves a process behind that makes batches."""
     kind, every, learning = list(RUNS)[i % 3], (1, 4)[i // 3 % 2], i // 6 % 2
     expected, seconds, seconds_in_loop = straight(kind, every)
     script, args = RUNS[kind]
     args, out = [*args, f"--save_every={every}"], Path(f"killed-{i}")
-    pid, err = start(script, [f"--out={out}", *args])
+    pid, err = start(script, [f"--out={out}", *args], made_beside if i % 2 else None)
     if learning:
         appears(out / "metrics.jsonl")
     time.sleep(random.Random(i).uniform(0, seconds_in_loop if learning else seconds))
@@ -29,6 +30,14 @@ def kill(i):
     assert ended.code == 0, (kind, every, ended)
     same(product(out), expected)
     return "resumed" if saved else "before the first checkpoint"
+
+def made_beside():
+    """A `before`: another process makes the batches, as for a GPU."""
+    machine = module("lab.machine")
+    machine.DataLoader = functools.partial(loader_beside, machine.DataLoader)
+
+def loader_beside(loader, *args, **options):
+    return loader(*args, **{**options, "num_workers": 1})
 
 def once_more(_):
     ended = run("train", ["--out=twin", "--steps=40", *SFT])
@@ -137,7 +146,8 @@ def children(pid):
     return found
 
 def batch_maker_killed(_):
-    pid, err = start("train", ["--out=orphan", "--steps=100000", *SFT, "--save_every=9"])
+    args = ["--out=orphan", "--steps=100000", *SFT, "--save_every=9"]
+    pid, err = start("train", args, made_beside)
     appears(Path("orphan/ckpt.pt"))
     for child in children(pid):
         os.kill(child, signal.SIGKILL)
