@@ -84,7 +84,7 @@ class Meta:
     warmup: int = 20                # [0, 1e9] meta-steps of linear warm-up
     decay: float = 0.6              # [0, 1] last share of the meta-steps, the rate falling to 0
     clip: float = 1.0               # (0, 1e9] largest norm of a meta-gradient
-    questions: int = 200            # [1, 1e5] held-out questions a cell of the evaluation
+    questions: int = 100            # [1, 1e5] held-out questions a cell of the evaluation
     save_every: int = 100           # [1, 1e9] meta-steps between checkpoints
     device: str = "auto"            # {auto, cpu, cuda} auto: cuda where there is one
     dtype: str = "auto"             # {auto, float32, bfloat16} auto: bfloat16 on CPUs that have it
