@@ -69,7 +69,7 @@ class Train:
     kl: float = 0.0                 # [0, 1e9] grpo: weight of the divergence from --init
     beta: float = 0.1               # (0, 1e9] dpo: how far preferences may pull from --init
     max_new: int = 64               # [1, 1e4] grpo, dpo: tokens of a sampled output
-    questions: int = 200            # [1, 1e5] held-out questions a cell of the evaluation
+    questions: int = 100            # [1, 1e5] held-out questions a cell of the evaluation
     save_every: int = 100           # [1, 1e9] steps between checkpoints
     device: str = "auto"            # {auto, cpu, cuda} auto: cuda where there is one
     dtype: str = "auto"             # {auto, float32, bfloat16} auto: bfloat16 on CPUs that have it
