@@ -200,8 +200,7 @@ def explicit_curves(model, inner, questions, thinks, mode="whole", size=128, sol
         at_theta = row_loss(model, *queries(model, questions, [""] * len(questions))).tolist()
     curves = [np.full(1 + len(t), first) for first, t in zip(at_theta, thinks)]
     # Prefixes of about one length side by side: little is padded.
-    places = [(i, k) for k, t in enumerate(thinks) for i in range(1, len(t) + 1)]
-    places.sort()
+    places = sorted((i, k) for k, t in enumerate(thinks) for i in range(1, len(t) + 1))
     solved = solved or questions
     for start in range(0, len(places), size):
         part = places[start:start + size]
