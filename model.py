@@ -5,10 +5,12 @@ Every linear layer of a block calls `hook(name, x, y)` on its way out, if one is
 what comes back in place of y = x W^T. That is enough to record a layer's inputs and outputs, to add
 the update of an inner loop (meta.py), or to patch weights (analyze.py).
 
-Choices, each for what learned fastest here on two CPU cores: rotary positions (2104.09864:
-relative, nothing to learn), LayerNorm without gains (on a CPU one kernel where RMSNorm is five),
-ReLU (cheapest, and no worse), normalised queries and keys (2010.04245: bears Muon's large steps),
-zero-initialised output projections (a block starts as the identity), no biases, no weight tying.
+Choices, each for what learned best here on two CPU cores: no positions (2305.19466), but the
+embedding of the token before beside a token's own, which tells the order as well and lets longer
+questions come into reach; LayerNorm without gains (on a CPU one
+kernel where RMSNorm is five), ReLU, normalised queries and keys (2010.04245: bears Muon's large
+steps), zero-initialised output projections (a block starts as the identity), no biases, no weight
+tying.
 """
 import math
 from dataclasses import asdict, dataclass
@@ -17,52 +19,38 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data.text import IGNORE, padded
-from lab.machine import eager, replayed
+from data.text import END_THINK, IGNORE, PAD, padded
 
 
 @dataclass
 class Config:
-    """The shape of a model. width must divide by heads, and width / heads by 2."""
+    """The shape of a model. width must divide by heads."""
     vocab: int
     layers: int = 4
-    heads: int = 4
-    width: int = 128
+    heads: int = 3
+    width: int = 96
     ratio: int = 4                  # hidden units of the MLP / width
 
 
-def norm(x):
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """Brings the last dimension to mean 0 and variance 1."""
     return F.layer_norm(x, (x.size(-1),))
 
-def rotary(pos, dim):
-    """Positions (B, T) -> cos, sin (B, T, 1, dim) of the rotation of every pair of channels
-    (2104.09864, section 3.4): by the angle for one of a pair, by its negative for the other."""
-    freq = 1e4 ** -(torch.arange(0, dim, 2, device=pos.device) / dim)
-    angle = pos[..., None, None] * torch.cat((-freq, freq))
-    return angle.cos(), angle.sin()
+def attention(q, k, v, bias=None, twice=False):
+    """Computes softmax(q k^T / sqrt(D) + bias) v (Eqs. 5, 6). q (B, H, T, D), k and v (B, H, S, D),
+    bias (B or 1, 1, T, S) 0 or -inf. Without a bias it is causal where T = S, and a single query
+    sees everything; other shapes would mean two things, and are refused (AssertionError).
 
-def rotate(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
-
-def attention(q, k, v, bias=None, plain=None):
-    """softmax(q k^T / sqrt(D) + bias) v (Eqs. 5, 6). q (B, H, T, D), k and v (B, H, S, D), bias
-    (B or 1, 1, T, S) 0 or -inf; None: causal where T = S, and a single query sees everything.
-
-    plain=True writes the formula out, False takes the fused kernel, None chooses. Fused kernels
-    have no double backward (pytorch#116350), so whoever differentiates a gradient asks for plain.
-    On a CPU the fused kernel is faster by itself, but in a whole training step of short rows it is
-    not, so None takes plain below 128 keys there."""
-    # Not bool(...): compiled, the size is symbolic, and only a branch turns it into a bool.
-    causal = True if bias is None and q.size(-2) > 1 else False
-    if plain is None:
-        plain = q.device.type == "cpu" and k.size(-2) < 128
-    if not plain:
+    twice: the gradient will be differentiated. Fused kernels cannot do that (pytorch#116350), so
+    then the formula is written out. On a CPU it is also the faster one for short rows."""
+    T, S = q.size(-2), k.size(-2)
+    assert bias is not None or T in (1, S), f"{T} queries over {S} keys need a mask"
+    causal = bias is None and T > 1
+    if not twice and (q.is_cuda or S >= 128):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    scores = q / math.sqrt(q.size(-1)) @ k.mT                   # (B, H, T, S)
     if causal:
-        unseen = torch.full((q.size(-2), k.size(-2)), -math.inf, dtype=q.dtype, device=q.device)
-        bias = unseen.triu(1)
-    scores = q / math.sqrt(q.size(-1)) @ k.mT
+        bias = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
@@ -81,33 +69,25 @@ class Block(nn.Module):
     """x + attention, then x + MLP, each on the normalised residual."""
     def __init__(self, c, i):
         super().__init__()
-        self.heads, self.act = c.heads, F.relu
-        self.norm1 = nn.LayerNorm(c.width, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(c.width, elementwise_affine=False)
+        self.heads = c.heads
         self.qkv = Linear(f"{i}.qkv", c.width, 3 * c.width)
         self.out = Linear(f"{i}.out", c.width, c.width)
         self.up = Linear(f"{i}.up", c.width, c.ratio * c.width)
         self.down = Linear(f"{i}.down", c.ratio * c.width, c.width)
 
-    def forward(self, x, turn, bias, cache, slot, hook, plain, detach):
+    def forward(self, x, bias, cache, hook, twice):
         B, T, C = x.shape
-        qkv = self.qkv(self.norm1(x), hook).view(B, T, 3 * self.heads, -1)
-        qk, v = qkv.split((2 * self.heads, self.heads), 2)
-        if turn is not None:
-            qk = rotate(norm(qk), *turn)
-        q, k = qk.transpose(1, 2).split(self.heads, 1)      # (B, H, T, D)
-        v = v.transpose(1, 2)                               # (B, H, T, D)
-        if detach is not None:
-            # Cuts the path from the answer to the trajectory: Eq. 8's second order, in context.
-            cut = detach[:, None, :, None]
-            k, v = torch.where(cut, k.detach(), k), torch.where(cut, v.detach(), v)
-        if cache is not None:
-            cache[0][:, :, slot], cache[1][:, :, slot] = k, v
-            seen = slot.stop if bias is None else bias.size(-1)
-            k, v = cache[:, :, :, :seen]                    # (B, H, S, D)
-        y = attention(q, k, v, bias, plain).transpose(1, 2).reshape(B, T, C)
+        qkv = self.qkv(norm(x), hook).view(B, T, 3 * self.heads, -1).transpose(1, 2)
+        qk, v = qkv.split((2 * self.heads, self.heads), 1)
+        q, k = norm(qk).chunk(2, 1)                         # (B, H, T, D)
+        if cache is not None:                               # keys and values so far
+            if cache:
+                k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
+            cache[:] = k, v                                 # (B, H, S, D)
+        y = attention(q, k, v, bias, twice).transpose(1, 2).reshape(B, T, C)
         x = x + self.out(y, hook)
-        return x + self.down(self.act(self.up(self.norm2(x), hook)), hook)
+        hidden = self.up(norm(x), hook).relu()
+        return x + self.down(hidden, hook)
 
 
 class Model(nn.Module):
@@ -115,57 +95,50 @@ class Model(nn.Module):
     computes in, None being that of its weights."""
     dtype = None
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
-        if c.width % c.heads or c.width // c.heads % 2:
-            raise ValueError(f"width {c.width} must be an even multiple of heads {c.heads}")
+        if c.width % c.heads:
+            raise ValueError(f"width {c.width} must be a multiple of heads {c.heads}")
         self.embed = nn.Embedding(c.vocab, c.width)
+        self.embed_before = nn.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.head = nn.Linear(c.width, c.vocab, bias=False)
-        self.norm = nn.LayerNorm(c.width, elementwise_affine=False)
         for block in self.blocks:
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.down.weight)
 
-    def enter(self, ids, pos):
-        """What goes into the first block, and the rotation of queries and keys."""
-        cos, sin = rotary(pos, self.config.width // self.config.heads)
-        x = self.embed(ids).to(self.dtype)
-        return x, (cos.to(x.dtype), sin.to(x.dtype))
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
 
-    def forward(self, ids, pos=None, mask=None, cache=None, slot=None, hook=None, plain_from=None,
-                detach=None):
-        """ids (B, T) -> normalised hidden states (B, T, C).
+    def forward(self, ids, before=None, mask=None, cache=None, hook=None, twice=False):
+        """Reads ids (B, T) -> normalised hidden states (B, T, C).
 
-        pos (B or 1, T): positions, default 0..T-1. mask (B or 1, 1, T, S): who sees whom, default
-        causal. cache: from `new_cache`; keys and values go to `slot` (a slice, default the first T;
-        or, with a mask, a tensor (T,)), and the first S slots are looked at (S from mask; without
-        one, up to the end of slot). hook: see above. plain_from: the first block that must survive
-        a second differentiation. detach (B, T): positions whose keys and values pass no
-        gradient."""
-        if pos is None:
-            pos = torch.arange(ids.size(1), device=ids.device)[None]
-        if cache is not None and slot is None:
-            slot = slice(0, ids.size(1))
-        x, turn = self.enter(ids, pos)                      # (B, T, C)
-        bias = None
+        before (B, T): the token before each, default that on its left. mask (B or 1, 1, T, S)
+        bool: who sees whom, default causal. cache: from `new_cache`; keys and values are added to
+        it, S counts them all. hook: see above. twice: this pass will be differentiated twice."""
+        if before is None:
+            before = F.pad(ids[:, :-1], (1, 0), value=PAD)
+        # </think> comes in the same with a trajectory and without: only attention tells it more.
+        before = before.masked_fill(ids == END_THINK, PAD)
+        x, bias = self.embed(ids) + self.embed_before(before), None
+        x = x.to(self.dtype)                                        # (B, T, C)
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
             bias.masked_fill_(~mask, -math.inf)
         for i, block in enumerate(self.blocks):
-            plain = True if plain_from is not None and i >= plain_from else None
-            layer_cache = None if cache is None else cache[i]
-            x = block(x, turn, bias, layer_cache, slot, hook, plain, detach)
-        return self.norm(x)
+            x = block(x, bias, None if cache is None else cache[i], hook, twice)
+        return norm(x)
 
-    def logits(self, h):
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Scores tokens from hidden states (..., C) -> (..., V), in float32 at least."""
         y = F.linear(h, self.head.weight.to(h.dtype))
         return y.float() if y.dtype == torch.bfloat16 else y
 
     def score(self, h, targets, tau=1.0):
-        """Negative log-likelihood (nats; Eq. 2 is its exponential) of targets (B, T) from hidden
-        states, at temperature tau, 0 where a target is IGNORE -> (B, T)."""
+        """Gives the negative log-likelihood (nats; Eq. 2 is its exponential) of targets (B, T) from
+        hidden states, at temperature tau, 0 where a target is IGNORE -> (B, T)."""
         if h.is_cuda:                               # picking the targets out would wait for the GPU
             logits = self.logits(h).flatten(0, 1) / tau
             nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -176,133 +149,73 @@ class Model(nn.Module):
         zeros = torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device)
         return zeros.masked_scatter(keep, nll)
 
-    def nll(self, ids, targets, **kw):
+    def nll(self, ids, targets, **kw) -> torch.Tensor:
+        """`score` of what `forward` makes of ids -> (B, T)."""
         return self.score(self(ids, **kw), targets)
 
-    def state(self):
-        """What a checkpoint needs to build this model again."""
+    def state(self) -> dict:
+        """Gives what a checkpoint needs to build this model again."""
         return {"shape": asdict(self.config), "weights": self.state_dict()}
 
     @classmethod
-    def load(cls, state):
-        """The inverse of `state`. ValueError if the pieces do not fit together, before anything of
-        their size is built."""
+    def load(cls, state: dict):
+        """Builds a model from `state`. ValueError if the pieces do not fit together."""
         try:
-            config, weights = Config(**state["shape"]), dict(state["weights"])
-            if any(type(v) is not int or v < 1 for v in asdict(config).values()):
-                raise ValueError(f"the shape {config} is not made of numbers above 0")
-            blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
-            sizes = len(blocks), *weights["embed.weight"].shape
-            if sizes != (config.layers, config.vocab, config.width):
-                raise ValueError(f"{sizes} layers, tokens and channels are not those of {config}")
-            if weights["blocks.0.up.weight"].shape[0] != config.ratio * config.width:
-                raise ValueError(f"the hidden units are not those of {config}")
-            model = cls(config)
-            model.load_state_dict(weights)
+            with torch.device("meta"):              # nothing of a wrong shape is allocated
+                model = cls(Config(**state["shape"]))
+            model.load_state_dict(dict(state["weights"]), assign=True)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             reason = str(e).splitlines()[-1].strip()
             raise ValueError(f"these are not the weights of a model of ours: {reason}") from None
-        return model
+        return model.requires_grad_(True)
 
     # ----------------------------------------------------------------------------- generation
 
-    def new_cache(self, batch, length):
-        """Keys and values of every block: (L, 2, B, H, length, D)."""
-        c, w = self.config, self.head.weight
-        shape = c.layers, 2, batch, c.heads, length, c.width // c.heads
-        return torch.zeros(shape, dtype=self.dtype or w.dtype, device=w.device)
+    def new_cache(self) -> list:
+        """An empty cache: a list for every block."""
+        return [[] for _ in self.blocks]
 
-    @eager
     @torch.inference_mode()
-    def generate(self, prompts, stop, max_new=96, temperature=0.0, top_k=0, top_p=1.0,
-                 generator=None, pad=0, hook=None, static=None):
+    def generate(self, prompts, stop, max_new=96, temperature=0.0, generator=None,
+                 hook=None) -> list:
         """Continues every prompt (lists of ids, any lengths) until `stop` -> list of lists of new
-        ids, without `stop`.
+        ids, without `stop`. temperature 0 is greedy. ValueError for an empty prompt.
 
-        temperature 0 is greedy; top_k and top_p (1904.09751) cut the tail first. static: shapes
-        that never change; default on CUDA for more than 8 tokens, where one graph then replays
-        every token."""
-        device, B = self.head.weight.device, len(prompts)
-        if not B or not min(map(len, prompts)):
+        Prompts are padded on the left, so that all rows grow at the same end."""
+        if not prompts or not min(map(len, prompts)):
             raise ValueError("generate needs at least one prompt, and none of them empty")
-        if static is None:
-            static = device.type == "cuda" and max_new > 8
-        stream = Stream(self, prompts, max_new, stop, pad, hook)
-        logits, step = stream.begin(), None if static else stream.growing
-        done = torch.zeros(B, dtype=torch.bool, device=device)
+        ids, real = left_padded(prompts, self.device)
+        before, mask, cache, out = None, left_mask(real), self.new_cache(), []
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         for i in range(max_new):
-            new = sample(logits, temperature, top_k, top_p, generator)
-            stream.out[:, i] = torch.where(done, stop, new)
+            h = self(ids, before, mask, cache, hook)
+            new = sample(self.logits(h[:, -1]), temperature, generator)
+            out.append(torch.where(done, stop, new))
             done = done | (new == stop)
             # The host asks a GPU whether all are done every 8 tokens only.
-            ask = device.type == "cpu" or i % 8 == 7
-            if i + 1 == max_new or ask and bool(done.all()):
+            if (not done.is_cuda or i % 8 == 7) and bool(done.all()):
                 break
-            if step is None:                        # only now a real token stands in `out`
-                step = replayed(stream.fixed, torch.zeros(1, dtype=torch.int64, device=device))
-            logits = step(i)
-        rows = stream.out.tolist()
+            before, ids = ids[:, -1:], out[-1][:, None]
+            real = F.pad(real, (0, 1), value=True)
+            mask = real[:, None, None]
+        rows = torch.stack(out, 1).tolist() if out else [[] for _ in prompts]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
 
 
-class Stream:
-    """Prompts and what is written behind them, B rows side by side, over one KV cache.
+def left_padded(rows: list, device):
+    """Fills lists up on the left -> ids (B, T), and which of them are no padding (B, T) bool."""
+    real = padded([[1] * len(row) for row in rows], 0, device, left=True).bool()
+    return padded(rows, PAD, device, left=True), real
 
-    Prompts are padded on the left, so that all rows write the same slot of the cache."""
+def left_mask(real: torch.Tensor) -> torch.Tensor:
+    """The causal mask (B, 1, T, T) of rows padded on the left. Padding sees itself: a softmax over
+    nothing would be 0 / 0."""
+    causal = torch.ones(real.size(1), real.size(1), dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(real.size(1), dtype=torch.bool, device=real.device)
+    return (causal & real[:, None] | itself)[:, None]
 
-    def __init__(self, model, prompts, max_new, stop, pad, hook):
-        device = model.head.weight.device
-        self.model, self.hook = model, hook
-        self.ids = padded(prompts, pad, device, left=True)              # (B, T)
-        B, self.T = self.ids.shape
-        begin = torch.tensor([[self.T - len(p)] for p in prompts], device=device)
-        self.at = torch.arange(self.T + max_new, device=device)         # slots of the cache
-        self.pos = (self.at - begin).clamp(min=0)                       # (B, T + max_new)
-        ragged = min(map(len, prompts)) < self.T
-        self.real = (self.at >= begin)[:, None, None] if ragged else None   # no padding
-        self.cache = model.new_cache(B, self.T + max_new)
-        self.out = torch.full((B, max_new), stop, device=device)
-
-    def begin(self):
-        """Logits behind the prompts (B, V)."""
-        T = self.T
-        mask = (self.at[:T, None] >= self.at[:T])[None, None]
-        if self.real is not None:                   # padding sees padding: nothing would be 0 / 0
-            mask = mask & (self.real[..., :T] | ~self.real[..., :T].mT)
-        h = self.model(self.ids, self.pos[:, :T], mask, self.cache, hook=self.hook)
-        return self.model.logits(h[:, -1])
-
-    def growing(self, i):
-        """Logits behind new token i, looking at the slots so far."""
-        S = self.T + i + 1
-        mask = None if self.real is None else self.real[..., :S]
-        ids, pos = self.out[:, i:i + 1], self.pos[:, S - 1:S]
-        h = self.model(ids, pos, mask, self.cache, slice(S - 1, S), self.hook)
-        return self.model.logits(h[:, 0])
-
-    def fixed(self, i):
-        """The same, i being a tensor (1,): looks at all slots, hiding those to come."""
-        mask = (self.at <= self.T + i)[None, None, None]
-        if self.real is not None:
-            mask = mask & self.real
-        ids, pos = self.out[:, i], self.pos[:, self.T + i]
-        h = self.model(ids, pos, mask, self.cache, self.T + i, self.hook)
-        return self.model.logits(h[:, 0])
-
-
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """One id a row from logits (B, V); temperature 0 takes the largest. No device sync."""
+def sample(logits, temperature=0.0, generator=None):
+    """Draws one id per row from logits (B, V); temperature 0 takes the largest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k and top_k < logits.size(-1):
-        lowest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p = p * (p.cumsum(-1) - p < top_p)          # until the mass before a token reaches top_p
-        p = torch.zeros_like(p).scatter(-1, order, p)
-    # The largest of p over exponentials is a draw from p; torch.multinomial would sync.
-    race = p / torch.empty_like(p).exponential_(generator=generator)
-    return race.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -1,403 +1,346 @@
 """What a question, a trajectory and an answer are. Plain Python, plain text, no model.
 
-A question is a task: `((3+5)*2)-7`. Its trajectory is a list of steps that each reduce one ready
-part of it, joined by `;`: `3+5=8;8*2=16;16-7=9`. The answer is what is left: `9`. Four domains
-share that form:
+Every value is a digit: arithmetic modulo 10, only the last digit is kept. A question is a task:
+`((3+5)*2)-7`. Its trajectory is a list of states. A state is what is left of the question after one
+more operation, so the last state is the answer: `(8*2)-7;6-7;9`. States are joined by `;`. There
+are three domains:
 
-  expr    nested integers, + - *, every value 0..99   ((3+5)*2)-7
-          a step reduces any ready node
-  sum     distinct addends 1..30                      12+7+30+5
-          a step merges any two: five addends have 180 orders
-  modsum  distinct addends 0..96, modulo 97           45+88+13%97
-          the same, but a partial result says nothing of the answer
-  diff    a chain of subtractions, never trained on   90-12-5-30
-          a step reduces the first two
+  expr    nested brackets, + - *              ((3+5)*2)-7
+          a step does any operation that is ready
+  sum     a flat sum                          3+5+2+7
+          a step adds any two neighbours: six addends have 120 orders
+  chain   a flat chain, never trained on      3-5+2-7
+          a step does the first operation
 
-and six styles of trajectory: `long` (one operation a step), `short` (up to two a step), `padded`
-(`short`, as long as a `long` one by dots before the result of two operations), `reflect` (some
-steps wrong at first, then `W` and the right one), `filler` (only dots) and `direct` (none).
+and six styles of trajectory: `states` (one operation per state), `short` (two), `reflect` (some
+states wrong at first, then `W` and the right one), `steps` (`3+5=8;8*2=6;6-7=9`: what was done
+instead of what is left), `filler` (only dots) and `direct` (nothing).
+
+A hash splits questions of three operands and more into training, validation and test. Two operands
+are the 300 facts of the toy, which everybody may learn.
 
     python -m data.arithmetic        # prints examples of each
 """
+import functools
 import hashlib
 import random
-import signal
+import re
 from typing import NamedTuple
 
-STYLES = ("long", "short", "padded", "reflect", "filler", "direct")
+STYLES = ("states", "short", "reflect", "steps", "filler", "direct")
 
-# Operand counts seen in training; longer questions, and the domain that training never sees.
-TRAINED = {"expr": (2, 3, 4), "sum": (2, 3, 4, 5), "modsum": (2, 3, 4)}
-OOD = {"expr": (5, 6), "sum": (6, 7), "modsum": (5, 6), "diff": (3, 4)}
+# Operand counts seen in training, and those that are tested.
+TRAINED = {"expr": (2, 3, 4, 5, 6), "sum": (2, 3, 4, 5, 6)}
+TESTED = {"expr": (3, 4, 5, 6, 7, 8), "sum": (5, 6, 7, 8), "chain": (3, 4, 5)}
 
-MODULUS = 97
-MAX_OPERANDS, MAX_DIGITS = 8, 3
-DIGITS = "0123456789"
+MAX_OPERANDS = 12
+P_SLIP = 0.3                        # how often a state of `reflect` is wrong at first
+
+# The operations that are ready in a state, by domain. Those of `sum` overlap: 3+5+2.
+READY = {"expr": re.compile(r"\((\d[-+*]\d)\)|^(\d[-+*]\d)$"),
+         "sum": re.compile(r"(?=(\d\+\d))"),
+         "chain": re.compile(r"^(\d[-+*]\d)")}
 
 
 class Question(NamedTuple):
-    """One task. `state` is what steps reduce: a tree (op, left, right) of ints for `expr`, a tuple
-    of ints for the other domains."""
+    """One task: its domain, its text, and its answer, a digit as text."""
     domain: str
-    state: tuple
     text: str
     answer: str
 
     @property
-    def operands(self):
-        return count(self.state) if self.domain == "expr" else len(self.state)
+    def operands(self) -> int:
+        return operands(self.text)
 
     @property
-    def trained(self):
-        """Is this a domain and a size that training sees?"""
+    def trained(self) -> bool:
+        """Does training see this domain and size?"""
         return self.operands in TRAINED.get(self.domain, ())
 
 
 # ------------------------------------------------------------------------------- values and text
 
-def apply(op, a, b):
+def apply(op: str, a: int, b: int) -> int:
+    """Does one operation modulo 10."""
     if op == "+":
-        return a + b
-    return a - b if op == "-" else a * b
+        return (a + b) % 10
+    return (a - b) % 10 if op == "-" else a * b % 10
 
-def value(node):
+def value(node) -> int:
+    """Calculates a tree (op, left, right) of digits."""
     return node if isinstance(node, int) else apply(node[0], value(node[1]), value(node[2]))
 
-def count(node):
-    """Leaves of a tree."""
-    return 1 if isinstance(node, int) else count(node[1]) + count(node[2])
-
-def show(node, top=True):
-    """Tree -> text with every bracket but the outermost: a model need not learn precedence."""
+def show(node, top: bool = True) -> str:
+    """Writes a tree with every bracket but the outermost: a model need not learn precedence."""
     if isinstance(node, int):
         return str(node)
     text = f"{show(node[1], False)}{node[0]}{show(node[2], False)}"
     return text if top else f"({text})"
 
-def fold(domain, numbers):
-    """The result of merging `numbers` in a flat domain."""
-    if domain == "diff":
-        return numbers[0] - sum(numbers[1:])
-    return sum(numbers) % MODULUS if domain == "modsum" else sum(numbers)
+def operands(text: str) -> int:
+    """Counts the digits of a question or state."""
+    return sum(map(text.count, "0123456789"))
 
-def chained(domain, numbers):
-    """Numbers of a flat domain -> text."""
-    return ("-" if domain == "diff" else "+").join(map(str, numbers))
+def tree(text: str):
+    """Reads a question or state -> its tree. ValueError says what is wrong."""
+    node, end = _chain(text, 0, "+-")
+    if end < len(text):
+        raise ValueError(f"{text[end]!r} at position {end + 1} of {text!r} is not understood")
+    return node
 
-def question(domain, state):
-    """Builds a Question from a tree (`expr`) or a tuple of ints (the flat domains)."""
-    if domain == "expr":
-        return Question(domain, state, show(state), str(value(state)))
-    text = chained(domain, state)
-    if domain == "modsum":
-        text += f"%{MODULUS}"
-    return Question(domain, state, text, str(fold(domain, state)))
+def _chain(text, i, ops):
+    """Reads operands between `ops` from position i on, products between + and -, atoms between *
+    -> (tree, the position after it). Nothing is evaluated."""
+    inner = (lambda j: _chain(text, j, "*")) if ops == "+-" else (lambda j: _atom(text, j))
+    node, i = inner(i)
+    while i < len(text) and text[i] in ops:
+        right, end = inner(i + 1)
+        node, i = (text[i], node, right), end
+    return node, i
 
-def part(q):
-    """The question less its last operation: `((3+5)*2)-7` -> `(3+5)*2`, `12+7+30` -> `12+7`. None
-    where that leaves no question, or as in `(3+5)*(2+4)` two of them."""
-    if q.operands == 2:
-        return None
-    if q.domain != "expr":
-        return question(q.domain, q.state[:-1])
-    _, left, right = q.state
-    if not isinstance(left, int) and not isinstance(right, int):
-        return None
-    return question(q.domain, right if isinstance(left, int) else left)
+def _atom(text, i):
+    """Reads a digit or a bracket."""
+    c = text[i:i + 1]
+    if c == "(":
+        node, i = _chain(text, i + 1, "+-")
+        if text[i:i + 1] != ")":
+            raise ValueError(f"a bracket is not closed in {text!r}")
+        return node, i + 1
+    if not c or c not in "0123456789":
+        raise ValueError(f"a digit is expected at position {i + 1} of {text!r}")
+    following = text[i + 1:i + 2]
+    if following and following in "0123456789":
+        raise ValueError(f"{text!r} has a number of two digits: this toy knows 0 to 9 only")
+    return int(c), i + 1
 
-def onward(q, v):
-    """What the question's last operation makes of v, in place of the value of `part(q)`: text, None
-    where that is out of bounds or the answer all the same."""
-    if q.domain == "expr":
-        op, left, right = q.state
-        answer = apply(op, left, v) if isinstance(left, int) else apply(op, v, right)
-    else:
-        answer = fold(q.domain, (v, q.state[-1]))
-    bounded = q.domain != "expr" or 0 <= answer < 100
-    return str(answer) if bounded and str(answer) != q.answer else None
+def question(domain: str, text: str) -> Question:
+    """Builds a Question and calculates its answer."""
+    return Question(domain, text, str(value(tree(text))))
 
-def digits(q):
-    """How many digits a question's numbers have, and in `expr` its partial results. 0 in `modsum`,
-    where large numbers are no rarer than others."""
-    def inside(node):
-        below = 0 if isinstance(node, int) else inside(node[1]) + inside(node[2])
-        return len(str(value(node))) + below
-    if q.domain == "expr":
-        return inside(q.state)
-    return 0 if q.domain == "modsum" else sum(len(str(n)) for n in q.state)
+def parse(text: str) -> Question:
+    """Reads a question in ordinary notation (spaces allowed, `*` binds tighter) -> Question.
+    ValueError says what is wrong."""
+    if re.search(r"\d\s+\d", text):
+        raise ValueError(f"{text!r} has two numbers without an operation between them")
+    s = "".join(text.split())
+    if not s:
+        raise ValueError("the question is empty")
+    for c in s:
+        if c not in "0123456789+-*()":
+            raise ValueError(f"the question has a character that the model does not know: {c!r}")
+    if len(s) > 99:
+        raise ValueError("the question is longer than 99 characters")
+    node, n = tree(s), operands(s)
+    if not 2 <= n <= MAX_OPERANDS:
+        raise ValueError(f"a question has 2 to {MAX_OPERANDS} operands, this one has {n}")
+    if n == 2 or set(s) & set("()*"):
+        return question("expr", show(node))
+    return question("chain" if "-" in s else "sum", s)
 
-def canonical(q):
-    """One text for all questions that differ only in how sums and differences, or products, are
-    ordered and grouped: `3+(5-2)` and `(5+3)-2` are both `+3+5-2`."""
-    def terms(node, sign="+"):
-        if isinstance(node, int) or node[0] == "*":
-            return [sign + "*".join(sorted(factors(node)))]
-        other = "-" if sign == "+" else "+"
-        return terms(node[1], sign) + terms(node[2], sign if node[0] == "+" else other)
 
-    def factors(node):
-        if isinstance(node, int):
-            return [str(node)]
-        if node[0] == "*":
-            return factors(node[1]) + factors(node[2])
-        return [f"({''.join(sorted(terms(node)))})"]
+# ----------------------------------------------------------------------------------------- splits
 
-    if q.domain == "expr":
-        return "".join(sorted(terms(q.state)))
-    if q.domain == "diff":
-        return q.text
-    return question(q.domain, tuple(sorted(q.state, key=str))).text
+@functools.lru_cache(1 << 16)
+def canonical(text: str) -> str:
+    """Writes one text for all questions that differ only in how sums and differences, or products,
+    are ordered and grouped: `3+(5-2)` and `(5+3)-2` are both `+3+5-2`."""
+    return "".join(sorted(_terms(tree(text), "+")))
 
-def split(q):
-    """'train', 'val', 'test' or 'ood'. A hash of the canonical form decides, so the splits are
-    disjoint for every seed."""
-    if not q.trained:
-        return "ood"
-    digest = hashlib.blake2b(canonical(q).encode(), digest_size=4).digest()
+def _terms(node, sign):
+    if isinstance(node, int) or node[0] == "*":
+        return [sign + "*".join(sorted(_factors(node)))]
+    other = "-" if sign == "+" else "+"
+    return _terms(node[1], sign) + _terms(node[2], sign if node[0] == "+" else other)
+
+def _factors(node):
+    if isinstance(node, int):
+        return [str(node)]
+    if node[0] == "*":
+        return _factors(node[1]) + _factors(node[2])
+    return [f"({''.join(sorted(_terms(node, '+')))})"]
+
+def split(text: str) -> str:
+    """Tells whether a question or state is for 'train', 'val' or 'test'. A hash of the canonical
+    form decides, so the splits are disjoint for every seed, domain and size."""
+    if operands(text) <= 2:
+        return "train"
+    digest = hashlib.blake2b(canonical(text).encode(), digest_size=4).digest()
     share = int.from_bytes(digest, "big") / 2**32
     if share < 0.10:
         return "test"
     return "val" if share < 0.15 else "train"
 
+def leaks(*texts: str) -> bool:
+    """Tells whether a held-out question stands in one of these texts, as a question or a state.
+    What is no question at all, as a model may write it, is none."""
+    for text in texts:
+        for state in re.split("[;W]", text):
+            try:
+                if split(state) != "train":
+                    return True
+            except ValueError:
+                continue
+    return False
+
 
 # ------------------------------------------------------------------------------------- questions
 
-def _tree(rng, n):
-    """A random tree of n leaves 1..9 with every value in 0..99 -> (node, value)."""
+def _tree(rng, n, ops):
+    """Draws a tree of n digits."""
     if n == 1:
-        leaf = rng.randint(1, 9)
-        return leaf, leaf
-    k = rng.randint(1, n - 1)
-    left, a = _tree(rng, k)
-    right, b = _tree(rng, n - k)
+        return int(10 * rng.random())
+    k = 1 + int((n - 1) * rng.random())
+    return rng.choice(ops), _tree(rng, k, ops), _tree(rng, n - k, ops)
 
-    # Where a + b > 99, a * b is too, or one of them is 1.
-    if a + b > 99:
-        op = "-"
-    else:
-        op = rng.choice("+-*" if a * b < 100 else "+-")
-    if op == "-" and a < b:
-        left, right, a, b = right, left, b, a
-    return (op, left, right), apply(op, a, b)
-
-def _bounded(node):
-    """Has every value of a tree 1 to MAX_DIGITS digits and no sign?"""
-    if not 0 <= value(node) < 10**MAX_DIGITS:
-        return False
-    return isinstance(node, int) or _bounded(node[1]) and _bounded(node[2])
-
-def _state(rng, domain, operands):
-    """A random tree, or a tuple of addends or subtrahends; None where a draw is out of bounds."""
-    if domain == "expr":
-        return _tree(rng, operands)[0]
-    if domain == "diff":
-        rest = [rng.randint(1, 30) for _ in range(operands - 1)]
-        first = rng.randint(min(99, sum(rest)), 99)
-        return (first, *rest) if sum(rest) <= 99 else None
-    addends = range(1, 31) if domain == "sum" else range(MODULUS)
-    return tuple(rng.sample(addends, operands))
-
-def draw(rng, domain, operands, part="train"):
-    """A random question of a domain and an operand count from one split. ValueError if that split
-    cannot hold it."""
-    if domain not in OOD:
-        raise ValueError(f"unknown domain {domain!r}: choose from {', '.join(OOD)}")
-    if not 2 <= operands <= MAX_OPERANDS:
-        raise ValueError(f"operands must be 2..{MAX_OPERANDS}, not {operands}")
-    if (part == "ood") == (operands in TRAINED.get(domain, ())):
-        raise ValueError(f"{domain} with {operands} operands is not in the split {part!r}")
+def draw(rng: random.Random, domain: str, n: int, part: str = "train", ops: str = "+-*"):
+    """Draws a Question of a domain with n operands from one split ('train', 'val' or 'test'); ops:
+    the operations of `expr`. ValueError if there is none."""
+    if domain not in TESTED or not 2 <= n <= MAX_OPERANDS or n == 2 and part != "train":
+        raise ValueError(f"there is no {domain!r} with {n} operands in the split {part!r}")
     while True:
-        state = _state(rng, domain, operands)
-        if state is None:
-            continue
-        q = question(domain, state)
-        if split(q) == part:
-            return q
+        if domain == "expr":
+            text = show(_tree(rng, n, ops))
+        else:
+            text = str(rng.randrange(10))
+            for _ in range(n - 1):
+                text += ("+" if domain == "sum" else rng.choice("+-")) + str(rng.randrange(10))
+        if split(text) == part:
+            return question(domain, text)
+
+def lesson(rng, domain, n, style="states", ops="+-*"):
+    """Draws what training may show: a Question with a trajectory of which no state is held out ->
+    (Question, list of states)."""
+    while True:
+        q = draw(rng, domain, n, ops=ops)
+        states = steps(q, rng, style)[0]
+        if not leaks(*states):
+            return q, states
 
 
-class _Reader:
-    """A recursive-descent parser of sums and products, with bounds. Nothing is evaluated."""
+# ------------------------------------------------- questions that a trajectory helps to answer
 
-    def __init__(self, text):
-        self.text, self.i = text, 0
+def join(op: str, left: str, right: str) -> Question:
+    """Writes `left op right` as a question of `expr`."""
+    return question("expr", show((op, tree(left), tree(right))))
 
-    def next(self):
-        return self.text[self.i:self.i + 1]
+def root(q: Question):
+    """Takes a question of `expr` apart at its last operation -> (op, left, right), two texts."""
+    op, left, right = tree(q.text)
+    return op, show(left), show(right)
 
-    def atom(self):
-        """A number, or a bracket."""
-        if self.next() == "(":
-            self.i += 1
-            node = self.chain("+-")
-            if self.next() != ")":
-                raise ValueError(f"a bracket is not closed in {self.text!r}")
-            self.i += 1
-            return node
-        begin = self.i
-        while self.next().isdigit():
-            self.i += 1
-        if not 1 <= self.i - begin <= MAX_DIGITS:
-            raise ValueError(f"a number of 1 to {MAX_DIGITS} digits is expected at position "
-                             f"{begin + 1} of {self.text!r}")
-        return int(self.text[begin:self.i])
+def part(q: Question):
+    """Leaves out the last operation: `((3+5)*2)-7` -> `(3+5)*2`, 3-5+2 -> 3-5. None where that
+    leaves no question, or, as in `(3+5)*(2+4)`, two of them."""
+    if q.operands == 2:
+        return None
+    if q.domain != "expr":
+        return question(q.domain, q.text[:-2])
+    _, left, right = root(q)
+    if len(left) > 1 and len(right) > 1:
+        return None
+    return question("expr", left if len(left) > 1 else right)
 
-    def part(self, ops):
-        """What stands between operators: products between + and -, atoms between *."""
-        return self.chain("*") if ops == "+-" else self.atom()
+def relatives(q: Question) -> dict:
+    """Lists what can be answered from the last two results of a trajectory of q = A op B, whose
+    last but one state is `a op b` -> {kind: Question}.
 
-    def chain(self, ops):
-        node = self.part(ops)
-        while self.next() and self.next() in ops:
-            op = self.next()
-            self.i += 1
-            node = (op, node, self.part(ops))
-        return node
+    `sibling` is another operation on them, `swapped` the other order, `left` and `right` are A and
+    B where they are questions themselves."""
+    op, A, B = root(q)
+    other = {"+": "-", "-": "*", "*": "+"}
+    third = {"+": "*", "-": "+", "*": "-"}
+    kinds = {"sibling": join(other[op], A, B), "sibling2": join(third[op], A, B),
+             "swapped": join("-", B, A)}
+    for kind, side in (("left", A), ("right", B)):
+        if len(side) > 1:
+            kinds[kind] = question("expr", side)
+    return kinds
 
-
-def parse(text):
-    """Reads a question in ordinary notation (spaces allowed, `*` binds tighter, `%97` at the end)
-    -> Question. ValueError says what is wrong."""
-    s = "".join(text.split())
-    if not s:
-        raise ValueError("the question is empty")
-    for c in s:
-        if c not in DIGITS + "+-*()%":
-            raise ValueError(f"the question has a character that the model does not know: {c!r}")
-    if len(s) > 99:
-        raise ValueError("the question is longer than 99 characters")
-
-    domain = "modsum" if s.endswith(f"%{MODULUS}") else None
-    s = s[:-3] if domain else s
-    reader = _Reader(s)
-    node = reader.chain("+-")
-    if reader.i < len(s):
-        raise ValueError(f"{s[reader.i]!r} at position {reader.i + 1} of {s!r} is not understood")
-    n = count(node)
-    if not 2 <= n <= MAX_OPERANDS:
-        raise ValueError(f"a question has 2 to {MAX_OPERANDS} operands, this one has {n}")
-    if not _bounded(node):
-        raise ValueError(f"a value in {text!r} is negative or has more than {MAX_DIGITS} digits")
-
-    flat = not set(s) & set("()*")
-    if domain and (not flat or "-" in s):
-        raise ValueError(f"only sums can be taken modulo {MODULUS}")
-    if flat and "-" not in s and (domain or n > 2):
-        return question(domain or "sum", tuple(map(int, s.split("+"))))
-    if flat and "+" not in s and n > 2:
-        return question("diff", tuple(map(int, s.split("-"))))
-    return question("expr", node)
+def beyond(q: Question, rng: random.Random) -> Question:
+    """Goes an operation beyond q, on either side: after `8-7` ask `(8-7)*4`, or `4*(8-7)`."""
+    digit, op = str(rng.randrange(10)), rng.choice("+-*")
+    return join(op, q.text, digit) if rng.random() < 0.5 else join(op, digit, q.text)
 
 
 # ---------------------------------------------------------------------------------- trajectories
 
-def _ready(domain, state, ops):
-    """Handles of the parts of `state` that one step of exactly `ops` (1 or 2) operations can
-    reduce: paths in a tree, indices in a tuple."""
-    if domain == "diff":
-        return [tuple(range(ops + 1))] if len(state) > ops else []
-    if domain != "expr":
-        k = len(state)
-        pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
-        if ops == 1:
-            return pairs
-        return [(i, j, m) for i, j in pairs for m in range(j + 1, k)]
-    if isinstance(state, int):
-        return []
-    if count(state) == ops + 1:
-        return [()]
-    return [(side, *path) for side in (1, 2) for path in _ready(domain, state[side], ops)]
+def ready(domain: str, state: str) -> list:
+    """Lists the operations that one step can do -> [(operation, (first, end) of what it
+    replaces)]."""
+    found = []
+    for match in READY[domain].finditer(state):
+        operation = match[match.lastindex]
+        first = match.start()
+        end = first + (len(match[0]) or len(operation))     # a look-ahead takes no room
+        found.append((operation, (first, end)))
+    return found
 
-def _read(domain, state, handle):
-    """-> (left side of the step as text, its value)."""
-    if domain == "expr":
-        for side in handle:
-            state = state[side]
-        return show(state), value(state)
-    numbers = [state[i] for i in handle]
-    return chained(domain, numbers), fold(domain, numbers)
+def put(state: str, place: tuple, digit) -> str:
+    """Writes a digit in place of an operation -> the state after it."""
+    first, end = place
+    return f"{state[:first]}{digit}{state[end:]}"
 
-def _put(domain, state, handle, v):
-    """`state` with the part at `handle` replaced by the number v."""
-    if domain != "expr":
-        kept = [i for i in range(len(state)) if i == handle[0] or i not in handle]
-        return tuple(v if i == handle[0] else state[i] for i in kept)
-    if not handle:
-        return v
-    new = list(state)
-    new[handle[0]] = _put(domain, state[handle[0]], handle[1:], v)
-    return tuple(new)
+def result(operation: str) -> int:
+    """Does an operation written as text, such as `3+5`."""
+    return apply(operation[1], int(operation[0]), int(operation[2]))
 
-def _last(domain, state):
-    return isinstance(state, int) if domain == "expr" else len(state) == 1
+def steps(q: Question, rng: random.Random, style: str = "states", wrong_at: int = None):
+    """Draws a trajectory -> (list of its steps as texts, the answer it implies). ValueError for an
+    unknown style.
 
-def _near(rng, v):
-    """A wrong value near v, within 0..96 wherever v is: the kind of slip that a model makes."""
-    while True:
-        w = v + rng.choice((-10, -3, -2, -1, 1, 2, 3, 10))
-        if 0 <= w < MODULUS or w >= 0 and v >= MODULUS:
-            return w
-
-def steps(q, rng, style="long", wrong_at=None, p_wrong=0.3):
-    """A random trajectory of the question -> (list of step texts, the answer it implies).
-
-    wrong_at=k gives step k a wrong result and goes on from it consistently, so that the implied
-    answer may differ from q.answer: `corrupt` is the careful front door. p_wrong: how often a
-    `reflect` step is wrong at first."""
+    wrong_at=k makes a mistake in step k and goes on from it, so that the implied answer may be
+    wrong: `corrupt` is the careful front door."""
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
     if style == "direct":
         return [], q.answer
     if style == "filler":
         return ["." * len(trajectory(q, rng))], q.answer
-    if style == "padded":
-        ts, answer = steps(q, rng, "short")
-        dots = len(trajectory(q, rng)) - len(";".join(ts))
-        k = max(range(len(ts)), key=lambda i: sum(c in "+-*" for c in ts[i]))
-        ts[k] = ts[k].replace("=", "=" + "." * dots)
-        return ts, answer
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}: choose from {', '.join(STYLES)}")
+    out, state = [], q.text
+    while len(state) > 1:
+        operation, place = rng.choice(ready(q.domain, state))
+        right = result(operation)
+        wrong = (right + rng.randint(1, 9)) % 10
+        slip, digit = put(state, place, wrong), wrong if len(out) == wrong_at else right
+        state = put(state, place, digit)
+        if style == "short" and len(state) > 1:
+            operation, place = rng.choice(ready(q.domain, state))
+            state = put(state, place, result(operation))
+        written = f"{operation}={digit}" if style == "steps" else state
+        if style == "reflect" and rng.random() < P_SLIP:
+            written = f"{slip}W{written}"
+        out.append(written)
+    return out, state
 
-    out, state = [], q.state
-    while not _last(q.domain, state):
-        handles = _ready(q.domain, state, 2) if style == "short" else []
-        handles = handles or _ready(q.domain, state, 1)
-        handle = handles[int(rng.random() * len(handles))]
-        left, v = _read(q.domain, state, handle)
-        slip = ""
-        if style == "reflect" and rng.random() < p_wrong:
-            slip = f"{left}={_near(rng, v)}W"
-        if len(out) == wrong_at:
-            v = _near(rng, v)
-        out.append(f"{slip}{left}={v}")
-        state = _put(q.domain, state, handle, v)
-    return out, str(state if q.domain == "expr" else state[0])
+def room(n: int) -> int:
+    """Counts the tokens of the longest output to a question of n operands: every state with a slip,
+    the delimiter, the answer, the end."""
+    longest = [1] + [4 * k - 5 for k in range(2, n)]        # `expr` has the most brackets
+    return 2 * sum(length + 1 for length in longest) + 3
 
-def trajectory(q, rng, style="long"):
-    """A random correct trajectory as one text."""
+def trajectory(q: Question, rng: random.Random, style: str = "states") -> str:
+    """Draws a correct trajectory as one text."""
     return ";".join(steps(q, rng, style)[0])
 
-def corrupt(q, rng, wrong_at=None):
-    """A `long` trajectory with one wrong result (a random step, or step `wrong_at`, negative from
-    the end), consistent after it.
-
-    -> (steps, implied answer), the implied answer non-negative and not the true one; or None if 50
-    draws found none (an early slip can cancel, as in `0*x`)."""
-    n = q.operands - 1
+def corrupt(q: Question, rng: random.Random, style: str = "states", wrong_at: int = None):
+    """Draws a trajectory with one mistake (in a random step, or step `wrong_at`, negative from the
+    end), consistent after it -> (steps, implied answer), which is not the right one; None if 50
+    draws find none (an early mistake can cancel, as in `0*x`)."""
+    n = len(steps(q, rng, style)[0])
     for _ in range(50):
         k = rng.randrange(n) if wrong_at is None else wrong_at % n
-        ts, implied = steps(q, rng, wrong_at=k)
-        values = [number(t.split("=")[1]) for t in ts]
-        small = None not in values and (q.domain != "expr" or max(values) < 100)
-        if implied != q.answer and small:
-            return ts, implied
+        written, implied = steps(q, rng, style, k)
+        if implied != q.answer:
+            return written, implied
     return None
 
-def distinct(q, rng, n, style="long"):
-    """n different correct trajectories of one question, as lists of steps. ValueError if 200 n
-    draws do not find them."""
+def distinct(q: Question, rng: random.Random, n: int, style: str = "states") -> list:
+    """Draws n different correct trajectories, as lists of steps. ValueError if 200 n draws do not
+    find them."""
     texts = {}
     for _ in range(200 * n):
-        ts = steps(q, rng, style)[0]
-        texts.setdefault(";".join(ts), ts)
+        written = steps(q, rng, style)[0]
+        texts.setdefault(";".join(written), written)
         if len(texts) == n:
             return list(texts.values())
     raise ValueError(f"{q.text} has fewer than {n} distinct {style} trajectories "
@@ -406,80 +349,64 @@ def distinct(q, rng, n, style="long"):
 
 # ----------------------------------------------------------------------------- verifier, checker
 
-def number(text):
-    """Plain ASCII digits, at most MAX_DIGITS of them, no leading zero -> int; anything else ->
-    None. Nothing is evaluated."""
-    plain = 1 <= len(text) <= MAX_DIGITS and all(c in DIGITS for c in text)
-    if not plain or text != "0" and text[0] == "0":
-        return None
-    return int(text)
+def verify(q: Question, answer: str) -> bool:
+    """Tells whether a text is the answer of the question."""
+    return answer == q.answer
 
-def verify(q, answer):
-    """Is `answer` (text) the answer of the question?"""
-    return number(answer) is not None and answer == q.answer
+def reward(q: Question, output: str) -> float:
+    """Gives the paper's reward (Eq. 21) for what a model wrote after `<think>`, special tokens
+    spelt out: `t</think>a<eos>`.
 
-def reward(q, output):
-    """The paper's reward (Eq. 21) of what a model wrote after `<think>`, special tokens spelt out:
-    `t</think>a<eos>`.
+    1: right and in form; 0: wrong, in form; -0.5: right (its last digit is), out of form; -1: wrong
+    and out of form. In form is one `</think>`, one digit, and `<eos>` at the end."""
+    form = re.fullmatch(r"[^<]*</think>(\d)<eos>", output, re.ASCII)
+    if form:
+        return 1.0 if verify(q, form[1]) else 0.0
+    digits = re.findall(r"\d", output, re.ASCII)
+    return -0.5 if digits and verify(q, digits[-1]) else -1.0
 
-    1: right and in form; 0: wrong, in form; -0.5: right (the last number in it), out of form; -1:
-    wrong and out of form. In form is one `</think>`, one `<eos>`, at the end, and a plain number
-    between them."""
-    body, end, rest = output.partition("<eos>")
-    _, mark, answer = body.partition("</think>")
-    if end and not rest and mark and number(answer) is not None:
-        return 1.0 if verify(q, answer) else 0.0
-    numbers = "".join(c if c in DIGITS else " " for c in output[-99:]).split()
-    return -0.5 if numbers and verify(q, numbers[-1]) else -1.0
-
-def _after(q, states, step):
-    """The states that a step's text `left=result` can lead to from any of `states`."""
-    left, _, result = step.partition("=")
-    v, after = number(result.lstrip(".")), set()
-    if v is None:
-        return after
+def _after(domain, states, step):
+    """The states that a step's text can lead to from any of `states`, by one operation or two."""
+    found = set()
     for state in states:
-        for handle in (*_ready(q.domain, state, 1), *_ready(q.domain, state, 2)):
-            if _read(q.domain, state, handle) == (left, v):
-                after.add(_put(q.domain, state, handle, v))
-    return after
+        for operation, place in ready(domain, state):
+            one = put(state, place, result(operation))
+            if step in (one, f"{operation}={result(operation)}"):
+                found.add(one)
+            twos = [put(one, later, result(op)) for op, later in ready(domain, one)]
+            found.update(two for two in twos if two == step)
+    return found
 
-def check(q, trajectory):
-    """One verdict a step of a trajectory's text: may this part be reduced now, and is its result
-    right? -> list of bool, empty for an empty trajectory.
+def check(q: Question, think: str) -> list:
+    """Judges every step of a trajectory's text: does one allowed operation, or two, lead from the
+    step before to it? -> list of bool, empty for an empty trajectory.
 
-    `a=1Wa=2` counts as right if the slip is wrong, the correction right; dots before a result say
-    nothing. Equal parts of a tree look the same in text, so every state that fits the steps so far
-    is kept. After a wrong step the state is unknown: everything after it is False. The last step is
-    also False if it leaves the question unfinished."""
-    if not trajectory:
+    `aWb` counts as right if a is wrong and b is right. Equal operations look alike in the style
+    `steps`, so every state that fits the steps so far is kept. After a wrong step the state is
+    unknown: everything after it is False. The last step is also False if it leaves the question
+    unfinished."""
+    if not think:
         return []
-    states, verdicts = {q.state}, []
-    for part in trajectory.split(";"):
+    states, verdicts = {q.text}, []
+    for part in think.split(";"):
         *slips, step = part.split("W")
-        states = _after(q, states, step)
-        left, _, result = step.partition("=")
-        for slip in slips:
-            slip_left, _, slip_result = slip.partition("=")
-            if slip_left != left or number(slip_result) in (None, number(result)):
-                states = set()
+        if any(_after(q.domain, states, slip) for slip in slips):
+            states = set()                          # what was taken back was right
+        states = _after(q.domain, states, step)
         verdicts.append(bool(states))
-    verdicts[-1] = verdicts[-1] and any(_last(q.domain, s) for s in states)
+    verdicts[-1] = any(len(state) == 1 for state in states)
     return verdicts
 
 
 def print_examples():
     """Prints a question and its trajectories of every kind, for every domain."""
     rng = random.Random(0)
-    for domain in OOD:
-        n = TRAINED.get(domain, OOD[domain])[-1]
-        q = draw(rng, domain, n, "test" if domain in TRAINED else "ood")
-        print(f"{domain}, {n} operands: {q.text} -> {q.answer}")
+    for domain in TESTED:
+        q = draw(rng, domain, 5, "test")
+        print(f"{domain}: {q.text} -> {q.answer}")
         for style in STYLES:
             print(f"  {style:8} {trajectory(q, rng, style)}")
         print(f"  {'corrupt':8} {';'.join(corrupt(q, rng)[0])}")
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):                  # `| head` closes our output
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print_examples()

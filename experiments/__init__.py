@@ -1,14 +1,12 @@
 """One file a figure, each of the same four parts, to be read from top to bottom:
 
     docstring   the question, and its criterion in words
-    measure     a model -> raw numbers, one a question or run
-    judge       raw numbers -> verdict, and what the JSON keeps; needs no model
+    measure     models -> raw numbers, one per question or run
+    judge       raw numbers -> ({part of the claim: verdict}, what the JSON keeps); needs no model
     draw        the JSON's numbers -> a figure; needs neither model nor raw numbers
-    show        (if there is more to print than what decided) the JSON's numbers -> text
 
-`run` puts them together. `measure` asks for what it needs by the names of its arguments: `c`, the
-command line; `model`, that of --sft; `run`, that of --meta. A new experiment is a new file here,
-with a CLAIM, and nothing else.
+`run` puts them together. A new experiment is a new file here, with a CLAIM, and nothing else.
+Comparisons of trainings are entries of a table in `trainings.py`.
 """
 import importlib
 import inspect
@@ -16,131 +14,248 @@ import re
 import shlex
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import analyze
-from experiments import poster
-from lab import page
-from lab.flags import fail
-from lab.run import checksum, revision, write
+import meta
+import train
+from data import arithmetic
+from lab.flags import fail, flag, flags
+from lab.run import checksum, device_of, revision, write
+from lab.score import held_out
 
 FOLDER = Path(__file__).parent
+# What runs unasked, on a trained model.
+TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens")
 
 
-def known():
+@dataclass
+class Analyze:
+    """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
+    names: tuple = flag((), "experiments, or report; none: the tour", words=True)
+    sft: str = flag("out/sft", "runs of train.py to look at; the default one is made")
+    meta: str = flag("out/meta", "runs of meta.py to look at; the default one is made")
+    out: str = flag("out", "figures go to OUT/figures, runs of comparisons to OUT/runs")
+    tag: str = flag("", "a suffix of the figure's name: NAME-TAG")
+    redraw: bool = flag(False, "draw from OUT/figures/NAME.json, without a model")
+    questions: int = flag(200, "held-out questions per cell", 20, 1e5)
+    cells: str = flag("", "of questions, such as 'expr:5,6 sum:5'; empty: as NAME says")
+    seed: int = flag(0, "of trajectories and corruptions")
+    seeds: int = flag(5, "runs per arm, where an experiment trains", 1, 1000)
+    jobs: int = flag(0, "of those at a time; 0: one per CPU core, or one GPU", 0, 1000)
+    arm: tuple = flag((), "compare: an arm's flags; give it once per arm")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
+    threads: int = flag(0, "CPU threads; 0: as many as torch chooses", 0, 1000)
+
+    script = "analyze.py"
+
+
+# ------------------------------------------------------------------------- models and questions
+
+class Runs:
+    """The runs that a command line names, loaded when asked for. The default ones are trained first
+    where they are missing. `checkpoints` is what was loaded: {folder: checksum}."""
+
+    def __init__(self, c, device):
+        self.c, self.device, self.loaded, self.checkpoints = c, device, {}, {}
+
+    def sft(self, folder: str = None):
+        """The model of --sft, or of another run of train.py."""
+        folder = folder or self.c.sft
+        words = [f"--out={folder}", f"--device={self.c.device}"]
+        made = folder == Analyze.sft
+        return self.get(folder, train, words, made,
+                        lambda path: train.load_model(path, self.device)[0])
+
+    def meta(self):
+        """The run of --meta -> (model, inner, its config)."""
+        words = [f"--out={self.c.meta}", f"--device={self.c.device}",
+                 f"--init={Path(self.c.sft) / 'ckpt.pt'}"]
+        made = self.c.meta == Analyze.meta
+        if made:
+            self.sft()
+        found = self.get(self.c.meta, meta, words, made, lambda p: meta.load_meta(p, self.device))
+        if found[2].algo == "none":
+            fail(f"{self.c.meta} was trained with --algo=none: there is no theta' in it")
+        return found
+
+    def get(self, folder, script, words, made, load):
+        """Loads a run once; the default one is trained, or resumed, first."""
+        if folder not in self.loaded:
+            path = Path(folder) / "ckpt.pt"
+            if made and not (Path(folder) / "summary.json").exists():
+                print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
+                if path.exists():
+                    words = [*words[:2], "--resume"]
+                name = script.__name__
+                getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
+            self.loaded[folder] = load(path)
+            self.checkpoints[folder] = checksum(path)
+        return self.loaded[folder]
+
+
+def cells_of(spec: str) -> list:
+    """Reads 'expr:5,6 sum:5' -> [(domain, operands)]. Exits 2 with a line for anything else."""
+    cells = []
+    for part in spec.split():
+        domain, _, counts = part.partition(":")
+        for k in counts.split(","):
+            if k not in map(str, arithmetic.TESTED.get(domain, ())):
+                fail(f"--cells={spec}: {part!r} is not a domain and its operand counts, such as "
+                     f"expr:5,6; tested are {arithmetic.TESTED}")
+            cells.append((domain, int(k)))
+    if not cells:
+        fail("--cells is empty: name some, such as 'expr:5,6 sum:5'")
+    return cells
+
+def cell_of(c, default: str = "expr:6"):
+    """The one cell of --cells -> (Questions, its title)."""
+    cells = cells_of(c.cells or default)
+    if len(cells) > 1:
+        fail(f"--cells={c.cells}: this experiment looks at one cell only, such as {default}")
+    (domain, k), = cells
+    questions = held_out(domain, k, c.questions)
+    return questions, f"{domain}, {k} operands, {len(questions)} questions"
+
+def others_of(questions: list, things: list, rng) -> list:
+    """For every question the thing (such as a trajectory) of one that has another answer."""
+    pairs = list(zip(questions, things))
+    return [rng.choice([thing for o, thing in pairs if o.answer != q.answer]) for q in questions]
+
+
+# --------------------------------------------------------------------------------- experiments
+
+def known() -> dict:
     """{name of an experiment: the first sentence of its docstring}."""
     names = {}
     for path in sorted(FOLDER.glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if re.search(r"^CLAIM = ", source, re.M):
             names[path.stem] = " ".join(source[3:].split("\n\n")[0].split()).rstrip('"')
-    return names
+    trainings = importlib.import_module("experiments.trainings")
+    return names | {name: one.__doc__.split("\n")[0] for name, one in trainings.TABLE.items()}
 
-def run(name, c, device, models):
-    """One experiment: its verdict, numbers and figure in OUT/figures. models: what was loaded for
-    those before it. -> what the JSON holds
+def experiment_of(name: str):
+    """What has CLAIM, measure, judge and draw: a file of this folder or an entry of
+    `trainings.TABLE`."""
+    trainings = importlib.import_module("experiments.trainings")
+    return trainings.TABLE.get(name) or importlib.import_module(f"experiments.{name}")
 
-    Where --sft and --meta name several runs it is repeated on each: the numbers and the figure are
-    of the first, the verdict is of all."""
-    experiment = importlib.import_module(f"experiments.{name}")
-    wanted = inspect.signature(experiment.measure).parameters
-    judged, checkpoints, seconds = [], {}, 0.0
-    for one in each_model(c, wanted):
-        given = {"c": one}
-        for key in [key for key in wanted if key in makers(one)]:
-            make, folder = makers(one)[key]
-            if folder not in models:
-                models[folder] = make(one, device)
-            given[key] = models[folder]
-            checkpoints[folder] = checksum(Path(folder) / "ckpt.pt")
-        began = time.perf_counter()                 # training is not the experiment's time
-        judged.append(experiment.judge(experiment.measure(**given)))
-        seconds += time.perf_counter() - began
-    verdict, numbers = together([verdict for verdict, _ in judged]), judged[0][1]
+def run(name: str, c, device, models: dict) -> dict:
+    """Runs one experiment: its verdicts, numbers and figure in OUT/figures -> what the JSON holds.
+
+    models: {(sft, meta): Runs}, so that none is loaded twice. Where --sft and --meta name several
+    runs, the experiment is repeated on each: numbers and figure are of the first, verdicts of
+    all."""
+    experiment = experiment_of(name)
+    trains = getattr(experiment, "TRAINS", False)
+    judged, checkpoints, began = [], {}, time.perf_counter()
+    for one in [c] if trains else each_model(c):
+        runs = models.setdefault((one.sft, one.meta), Runs(one, device))
+        judged.append(experiment.judge(experiment.measure(one, runs)))
+        checkpoints |= {} if trains else runs.checkpoints
     result = {
-        "experiment": name, "claim": experiment.CLAIM, "verdict": verdict,
+        "experiment": name, "claim": experiment.CLAIM,
         "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
-        "numbers": numbers, "models": [dict(page.deciding(row)) for _, row in judged],
-        "checkpoints": checkpoints,
-        "seeds": c.seeds if hasattr(experiment, "ARMS") or name == "compare" else None,
+        "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
+        "gaps": [dict(deciding(numbers)) for _, numbers in judged],
+        "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
         "command": typed(name, c), "config": asdict(c), "revision": revision(),
-        "seconds": round(seconds, 1)}
+        "seconds": round(time.perf_counter() - began, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
     write(path, result)
-    draw(path, result)
-    print(f"{path.stem}: {verdict} ({result['seconds']} s)   {path.with_suffix('.png')}")
-    if hasattr(experiment, "show"):
-        experiment.show(numbers)
-    for what, (mean, low, high) in page.deciding(numbers):
-        print(f"    {what}: {mean:.3g} [{low:.3g}, {high:.3g}]")
+    experiment.draw(result["numbers"]).savefig(path.with_suffix(".png"))
+    print(f"{path.stem} ({result['seconds']} s)   {path.with_suffix('.png')}")
+    for line in spoken(result["verdicts"]):
+        print(f"    {line}")
+    for line in getattr(experiment, "show", lambda numbers: [])(result["numbers"]):
+        print(f"    {line}")
     return result
 
-def makers(c):
-    """{name of an argument of `measure`: (what makes it, the folder it comes from)}"""
-    return {"model": (analyze.sft_model, c.sft), "run": (analyze.meta_run, c.meta)}
-
-def each_model(c, wanted):
+def each_model(c) -> list:
     """The command line for every run that --sft and --meta name, separated by commas, pair by
     pair."""
-    sft, meta = c.sft.split(","), c.meta.split(",")
-    if {"model", "run"} <= set(wanted) and len(sft) != len(meta):
-        fail(f"{len(sft)} runs in --sft and {len(meta)} in --meta: they are looked at in pairs")
-    n = max([1] + [len(folders) for key, folders in (("model", sft), ("run", meta))
-                   if key in wanted])
-    return [replace(c, sft=sft[min(i, len(sft) - 1)], meta=meta[min(i, len(meta) - 1)])
-            for i in range(n)]
+    sft, moved = c.sft.split(","), c.meta.split(",")
+    if len(moved) > 1 and len(sft) != len(moved):
+        fail(f"{len(sft)} runs in --sft and {len(moved)} in --meta: they are looked at in pairs")
+    return [replace(c, sft=s, meta=moved[min(i, len(moved) - 1)]) for i, s in enumerate(sft)]
 
-def together(verdicts):
-    """Verdicts on several models, part by part: `a: supported in 3 of 3`."""
-    if len(verdicts) == 1 or set(verdicts) == {"measured"}:
-        return verdicts[0]
-    spoken = []
-    for parts in zip(*(verdict.split("; ") for verdict in verdicts)):
-        name = parts[0].rpartition(": ")[0]
-        counts = Counter(part.rpartition(": ")[2] for part in parts).most_common()
+def spoken(verdicts: list) -> list:
+    """[{part: verdict}], one per model -> a line per part."""
+    lines = []
+    for part in verdicts[0]:
+        counts = Counter(row[part] for row in verdicts if part in row).most_common()
         words = ", ".join(f"{word} in {n}" for word, n in counts)
-        spoken.append(f"{name}: {words}".removeprefix(": ") + f" of {len(verdicts)}")
-    return "; ".join(spoken)
+        lines.append(f"{part}: " + (f"{words} of {len(verdicts)} models" if len(verdicts) > 1
+                                    else counts[0][0]))
+    return lines
 
-def typed(name, c):
+def deciding(node, name: str = "", inside: bool = False):
+    """Every [estimate, low, high] under a key `gaps` -> (its path in words, it)."""
+    if isinstance(node, dict):
+        for key, child in node.items():
+            path = name if key == "gaps" else f"{name}, {key}".strip(", ")
+            yield from deciding(child, path, inside or key == "gaps")
+    elif inside and isinstance(node, list) and len(node) == 3:
+        yield name, node
+
+def typed(name: str, c) -> str:
     """What to type to run it again."""
     words = ["python analyze.py", name]
     for key, value in asdict(c).items():
-        if value != getattr(analyze.Analyze, key) and key not in ("names", "out", "arm"):
+        if value != getattr(Analyze, key) and key not in ("names", "out", "arm"):
             words.append(f"--{key}={shlex.quote(str(value))}")
     return " ".join([*words, *(f"--arm={shlex.quote(arm)}" for arm in c.arm)])
 
-def draw(path, result):
-    """The figure of an experiment, beside its JSON."""
-    experiment = importlib.import_module(f"experiments.{result['experiment']}")
-    experiment.draw(result["numbers"]).savefig(path.with_suffix(".png"))
+
+# --------------------------------------------------------------------------------- command line
 
 def redraw(c):
-    """The named figures of OUT/figures, or all and the poster, from their JSON."""
-    folder = figures(c)
+    """Draws the named figures of OUT/figures, or all, from their JSON."""
+    from experiments import page
+    folder = Path(c.out) / "figures"
     paths = [folder / f"{name}.json" for name in c.names] or sorted(folder.glob("*.json"))
     for path in paths:
         if not path.exists():
             fail(f"there is no {path} to draw from")
         try:
-            draw(path, page.read(path))
+            result = page.read(path)
         except ValueError as e:
             fail(f"{path} is damaged: {e}")
+        experiment_of(result["experiment"]).draw(result["numbers"]).savefig(path.with_suffix(".png"))
         print(path.with_suffix(".png"))
-    if not c.names:
-        poster.draw(page.results(folder)).savefig(folder / "poster.png")
 
-def report(c):
-    """OUT/report.md and the poster, from whatever stands in OUT/figures."""
-    folder = figures(c)
-    poster.draw(page.results(folder)).savefig(folder / "poster.png")
-    write(Path(c.out) / "report.md", page.page(folder, "figures/"))
+def check(c):
+    """Refuses, with a line, what no experiment can do anything with."""
+    for name in c.names:
+        if not c.redraw and name not in (*known(), "report"):
+            fail(f"there is no experiment {name!r}: choose from {', '.join([*known(), 'report'])}")
+    if len(set(c.names)) < len(c.names):
+        fail("an experiment is named twice")
+    if c.cells:
+        cells_of(c.cells)
+    if c.tag and not re.fullmatch(r"[\w-]+", c.tag, re.ASCII):
+        fail(f"--tag={c.tag}: letters, digits, - and _ are expected")
+    if ("compare" in c.names) != bool(c.arm) or len(c.arm) == 1:
+        fail('compare needs two arms or more, and nothing else takes any: --arm="--steps=300" '
+             '--arm="--steps=300 --style=short"')
+
+def main():
+    lines = [f"  {name:12} {line}" for name, line in known().items()]
+    epilog = "\n".join(["experiments:", *lines, "", f"the tour: {', '.join(TOUR)}"])
+    c, _ = flags(Analyze, epilog=epilog)
+    check(c)
+    if c.redraw:
+        redraw(c)
+        return
+    device, models = device_of(c), {}
+    for name in [name for name in c.names or TOUR if name != "report"]:
+        try:
+            run(name, c, device, models)
+        except SystemExit as e:                     # it has said why; the others of a tour go on
+            if c.names or e.code != 2:
+                raise
+    from experiments import page
+    write(Path(c.out) / "report.md", page.page(Path(c.out) / "figures", "figures/"))
     print(f"report: {Path(c.out) / 'report.md'}")
-
-def figures(c):
-    """The folder of figures. Exits 2 with a line where there is nothing in it."""
-    folder = Path(c.out) / "figures"
-    if not list(folder.glob("*.json")):
-        fail(f"there is nothing in {folder} to draw from")
-    return folder

@@ -1,186 +1,269 @@
-"""Does the answer's loss fall along a correct trajectory, and along no other? (Figs. 2, 3, 16)
+"""Does the answer's loss fall along a trajectory, how, and can the fall be predicted? (Figs. 2, 3)
 
-L_hat[i] is the answer's mean NLL after the first i tokens of a trajectory (Algorithm 3,
-`analyze.prefix_nll`). It is read along four trajectories of every held-out question:
+L_hat is the NLL of the answer's digit after a part of a trajectory (Algorithm 3). Questions are
+held out and have six operands.
 
-    correct   every step right, in a random order
-    wrong     one result wrong, everything after it consistent with that
-    other     a correct trajectory of another question
-    filler    as many dots
+direction: L_hat falls along a correct trajectory, and further than along one with a mistake in it,
+    than along another question's, and than along as many dots. The model's own outputs, sampled at
+    temperature 1, are judged alike: it falls further along right ones than along wrong ones.
+progressive: the median question's largest step is less than 2/3 of its whole fall, and the median
+    question falls in two effective steps or more, (sum d)^2 / sum d^2 of its falls d from state to
+    state. (A question that falls by less than 0.5 nats says nothing and is left out.)
+the mean slides: the mean of all questions falls at every state, until it is below 0.1 nats.
+the law: after some states L_hat is the loss of the question that is left, asked alone. No number is
+    fitted. With 5, 4 and 3 operands left the rank correlation of the two over questions is above
+    0.7, and their distance is less than half of what it is when questions swap partners. Only
+    states that are themselves held out count. And the largest step of a question stands where the
+    law puts it in at least 80 % of them.
+states replace one another: with two operands left, the last state alone (all earlier ones left out)
+    gives the right answer at least 0.9 times as often as the whole trajectory does.
 
-direction: L_hat falls along `correct`, and further than along each of the others.
-progressive: it falls by arithmetic steps rather than at the last. Of L_hat before the trajectory
-    and at the end of every step, the Spearman correlation with position is below -0.5, and the
-    largest single step makes less than 2/3 of the fall (medians): of three steps, halfway between
-    an even slope, 1/3, and a cliff, 1. (A curve that only wavers before its last step meets the
-    first at half of the questions by chance; the second tells it from a slope.) `modsum` is
-    measured and kept apart: a partial sum modulo 97 says nothing of the answer, so that its curve
-    is a cliff by design.
-
-Supported where every 95 % bootstrap interval over questions has the claim's side, refuted where
-one has the other side, else inconclusive; of several domains the worst counts. How training cut
-its trajectories shapes these curves too: experiments/cuts.py.
+Supported where all 95 % intervals over questions lie above 0, refuted where one lies below, else
+inconclusive. Further interventions, without a verdict: the last state swapped for another
+question's; a detour back to a longer state.
 """
 import random
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from analyze import cells_of, curves_of, questions_of
-from data import arithmetic
-from lab.figure import COLOURS, band, panels, whiskers, written_under
-from lab.flags import fail
-from lab.verdict import banded, cliff, decide, interval, spearman, spoken, worst
-from meta import another
+from analyze import at_states, curves_of, direct_logp, nll_of
+from data import arithmetic, text
+from experiments import cell_of, others_of
+from experiments.figure import COLOURS, band, chance_line, panels
+from lab.score import held_out, respond
+from lab.verdict import bootstrap, decide, interval, rule, widened
 
-CLAIM = ("Figs. 2, 3, 16: the answer's loss falls along a correct trajectory only, and "
-         "progressively")
-CELLS = "expr:4 sum:4 modsum:4"             # domain:operands
-KINDS = ("correct", "wrong", "other", "filler")
-APART = "modsum"                            # a cliff by design
+CLAIM = "C1, C2: the answer's loss falls along a correct trajectory only, and step by step"
+LEFT = (5, 4, 3)                    # operands left, where the law is tested
+SHOWN = 20                          # single questions drawn
+LEAST = 0.5                         # nats: a fall that has a shape
+KINDS = {"correct": "right", "wrong": "with a mistake", "other": "another question's",
+         "filler": "dots"}
+
+
+class Raw(NamedTuple):
+    """Numbers per question; states: (N, 6), after 0 to 5 whole states."""
+    title: str
+    states: dict                            # {kind: L_hat at states}
+    sampled: dict                           # {right, wrong: fall along the model's own outputs}
+    predicted: np.ndarray                   # L_q of what is left, asked alone
+    law: dict                               # {operands left: (L_hat, L_q of what is left)}
+    says: dict                              # {intervention: truths}
+    detour: np.ndarray                      # rise of L_hat on the way back
+    example: dict                           # one question, token by token
 
 
 # --------------------------------------------------------------------------------------- measure
 
-class Cell(NamedTuple):
-    """One domain's measurements: lists with an entry a question."""
-    operands: int
-    questions: list
-    thinks: list                            # the correct trajectories, as text
-    curves: dict                            # {name: [L_hat, an array (|t| + 1,)]}
+def measure(c, runs):
+    model, rng = runs.sft(), random.Random(c.seed)
+    questions, title = cell_of(c)
+    steps = [arithmetic.steps(q, rng)[0] for q in questions]
+    wrong = [arithmetic.corrupt(q, rng) or (t, q.answer) for q, t in zip(questions, steps)]
+    trajectories = {"correct": steps, "wrong": [t for t, _ in wrong],
+                    "other": others_of(questions, steps, rng),
+                    "filler": [["." * len(s) for s in t] for t in steps]}
+    states, tokens = {}, {}
+    for kind, ts in trajectories.items():
+        thinks = [";".join(t) for t in ts]
+        tokens[kind] = curves_of(model, questions, thinks)
+        states[kind] = np.stack([at_states(y, t) for y, t in zip(tokens[kind], thinks)])
+    predicted = [states["correct"][:, 0]]
+    for i in range(states["correct"].shape[1] - 2):
+        predicted.append(alone(model, questions, [t[i] for t in steps]))
+    example = {"text": f"{questions[0].text} = {questions[0].answer}",
+               "tokens": ";".join(steps[0]), "L_hat": tokens["correct"][0].round(4).tolist()}
+    many = held_out(questions[0].domain, questions[0].operands, 3 * c.questions)
+    law = {n: law_at(model, many, n, rng) for n in LEFT}
+    return Raw(title, states, own_outputs(c, model, questions), np.stack(predicted, 1), law,
+               *interventions(model, questions, steps, rng), example)
 
+def alone(model, questions, left):
+    """L_q of what is left of questions, asked without any trajectory."""
+    asked = [arithmetic.question(q.domain, state) for q, state in zip(questions, left)]
+    return nll_of(direct_logp(model, asked), asked)
 
-def measure(c, model):
-    """-> {cell: Cell}"""
-    cells = cells_of(c.cells or CELLS)
-    return {f"{domain} {k}": measure_cell(c, model, domain, k) for domain, k in cells}
+def law_at(model, questions, n, rng):
+    """-> (L_hat where n operands are left, L_q of what is left), of questions and states that are
+    both held out."""
+    asked, steps = [], []
+    for q in questions:
+        for _ in range(40):
+            t = arithmetic.steps(q, rng)[0][:q.operands - n]
+            if arithmetic.split(t[-1]) != "train":
+                asked.append(q)
+                steps.append(t)
+                break
+    thinks = [";".join(t) for t in steps]
+    L_hat = nll_of(direct_logp(model, asked, thinks=thinks), asked)
+    return L_hat, alone(model, asked, [t[-1] for t in steps])
 
-def measure_cell(c, model, domain, operands):
-    questions, thinks = trials(c, domain, operands)
-    curves = {kind: curves_of(model, questions, thinks[kind]) for kind in KINDS}
+def own_outputs(c, model, questions):
+    """Falls of L_hat along trajectories that the model wrote itself, by whether it then was
+    right."""
+    generator = torch.Generator(model.device).manual_seed(c.seed)
+    outputs = respond(model, questions * 4, temperature=1.0, generator=generator)
+    falls = {"right": [], "wrong": []}
+    known = [(q, t, a) for q, (t, a) in zip(questions * 4, outputs) if t and text.plain(t)]
+    curves = curves_of(model, [q for q, _, _ in known], [t for _, t, _ in known])
+    for (q, _, a), y in zip(known, curves):
+        falls["right" if arithmetic.verify(q, a) else "wrong"].append(y[0] - y[-1])
+    return {kind: np.array(v) for kind, v in falls.items()}
 
-    # A wrong trajectory's own conclusion: its loss along that trajectory ...
-    implied = [t.rpartition("=")[2] for t in thinks["wrong"]]
-    curves["implied"] = curves_of(model, questions, thinks["wrong"], implied)
-    # ... and, along the correct one, how much worse it does than the right answer.
-    against = curves_of(model, questions, thinks["correct"], implied)
-    curves["margin"] = [a - b for a, b in zip(against, curves["correct"])]
-    return Cell(operands, questions, thinks["correct"], curves)
+def interventions(model, questions, steps, rng):
+    """With two operands left -> ({intervention: does the model then say so? a truth per question},
+    rise of L_hat where a detour leads back to five operands)."""
+    shown = [t[:-1] for t in steps]
+    other = others_of(questions, list(zip(questions, shown)), rng)
+    swapped = [[*t[:-1], theirs[-1]] for t, (_, theirs) in zip(shown, other)]
+    answers = [q.answer for q in questions]
 
-def trials(c, domain, operands):
-    """Held-out questions that have all four trajectories -> (questions, {kind: [text]})"""
-    rng, questions = random.Random(f"{c.seed}/{domain}"), questions_of(c, domain, operands)
-    rows = [(q, four_trajectories(q, questions, rng)) for q in questions]
-    rows = [(q, thinks) for q, thinks in rows if "wrong" in thinks]
-    if not rows:
-        fail(f"no wrong trajectory was found for {domain}")
-    return [q for q, _ in rows], {kind: [t[kind] for _, t in rows] for kind in KINDS}
+    def says(trajectories, wanted):
+        logp = direct_logp(model, questions, thinks=[";".join(t) for t in trajectories])
+        said = logp.argmax(-1).tolist()
+        return np.array([str(digit) == answer for digit, answer in zip(said, wanted)])
 
-def four_trajectories(q, questions, rng):
-    """Four trajectories of a question -> {kind: text}, without 'wrong' where no slip changes the
-    answer."""
-    correct = arithmetic.trajectory(q, rng)
-    slip = arithmetic.corrupt(q, rng)
-    other = arithmetic.trajectory(another(q, questions, rng), rng)
-    thinks = {"correct": correct, "other": other, "filler": "." * len(correct)}
-    if slip:
-        thinks["wrong"] = ";".join(slip[0])
-    return thinks
+    detours = [[*t, t[0]] for t in shown]
+    before, after = (nll_of(direct_logp(model, questions, thinks=list(map(";".join, ts))), questions)
+                     for ts in (shown, detours))
+    return {"all states: the answer": says(shown, answers),
+            "last state alone: the answer": says([t[-1:] for t in shown], answers),
+            "last state swapped: the other's answer": says(swapped, [o.answer for o, _ in other]),
+            "last state swapped: its own answer": says(swapped, answers)}, after - before
 
 
 # ----------------------------------------------------------------------------------------- judge
 
-def judge(cells):
-    """{cell: Cell} -> (verdict, {cell: what the JSON keeps})"""
-    numbers = {name: judge_cell(cell) for name, cell in cells.items()}
-    direction = [n["direction"]["verdict"] for n in numbers.values()]
-    progressive = [n["progressive"]["verdict"] for n in numbers.values() if "progressive" in n]
-    verdicts = {"direction": worst(direction),
-                "progressive": worst(progressive) if progressive else f"not tested ({APART} alone)"}
-    return spoken(verdicts), numbers
+def judge(raw):
+    correct = raw.states["correct"]
+    fall = {kind: y[:, 0] - y[:, -1] for kind, y in raw.states.items()}
+    shaped = fall["correct"] > LEAST
+    largest, effective = shape(correct[shaped])
+    margins = {
+        "direction": {"falls": fall["correct"]} | {
+            f"further than along {KINDS[kind]}": fall["correct"] - fall[kind]
+            for kind in ("wrong", "other", "filler")},
+        "the mean slides": sliding(correct),
+        "states replace one another": {
+            "last state alone - 0.9 of all": raw.says["last state alone: the answer"]
+            - 0.9 * raw.says["all states: the answer"]}}
+    verdicts, gaps = {}, {}
+    for part, row in margins.items():
+        verdicts[part], gaps[part] = decide(row)
+    steps = {"2/3 - largest step": 2 / 3 - largest, "effective steps - 2": effective - 2}
+    verdicts["progressive"], gaps["progressive"] = decide(steps, np.median)
+    verdicts["the law"], gaps["the law"], numbers = judge_law(raw)
+    if min(map(len, raw.sampled.values())) >= 20:   # a good model is seldom wrong
+        right, wrong = raw.sampled["right"], raw.sampled["wrong"]
+        gaps["own outputs"] = {"falls along right ones": interval(right),
+                               "falls along wrong ones": interval(wrong)}
+    return verdicts, numbers | {
+        "gaps": gaps, "title": raw.title, "questions": len(correct),
+        "means": {kind: [interval(column) for column in y.T] for kind, y in raw.states.items()},
+        "predicted": [interval(column) for column in raw.predicted.T],
+        "singles": correct[:SHOWN].round(3).tolist(),
+        "largest step": interval(largest, np.median),
+        "effective steps": interval(effective, np.median),
+        "says": {name: interval(truths) for name, truths in raw.says.items()},
+        "rise on a detour": interval(raw.detour),
+        "own outputs, wrong": len(raw.sampled["wrong"]), "example": raw.example,
+        "scatter": {n: np.round(pair, 2).tolist() for n, pair in raw.law.items()}}
 
-def judge_cell(cell):
-    fall = {kind: np.array([y[0] - y[-1] for y in cell.curves[kind]]) for kind in KINDS}
-    steps = [after_steps(t, y) for t, y in zip(cell.thinks, cell.curves["correct"])]
-    rho, share = shape(steps)
-    apart = cell.questions[0].domain == APART
-    return {
-        "direction": verdict_of(direction(fall)),
-        "progressive, kept apart" if apart else "progressive":
-            verdict_of(progressive(rho, share), np.median),
-        "operands": cell.operands, "questions": len(cell.questions),
-        "spearman_median": interval(rho, np.median),
-        "largest_step_median": interval(share, np.median),
-        "L_hat_after_steps": [interval(v) for v in np.transpose(steps)],
-        "L_hat_end": {kind: interval([y[-1] for y in ys]) for kind, ys in cell.curves.items()},
-        "curves": {kind: banded(ys) for kind, ys in cell.curves.items()},
-        "example": first(cell)}
+def shape(states):
+    """Loss at states (N, S) -> (share of the fall that the largest step makes, effective steps),
+    one per question."""
+    d = -np.diff(states, axis=1)
+    whole = d.sum(1)
+    return d.max(1) / whole, whole**2 / (d**2).sum(1)
 
-def verdict_of(margins, statistic=np.mean):
-    verdict, intervals = decide(margins, statistic)
-    return {"verdict": verdict, "margins": intervals}
+def sliding(states):
+    """Falls of the loss from state to state, as long as the mean before is above 0.1 nats."""
+    means = states.mean(0)
+    return {f"state {i + 1}": states[:, i] - states[:, i + 1]
+            for i in range(len(means) - 1) if means[i] > 0.1}
 
-def first(cell):
-    """The first question's curve, to be drawn alone."""
-    q, think, y = cell.questions[0], cell.thinks[0], cell.curves["correct"][0]
-    return {"title": f"{q.text} = {q.answer}", "tokens": think, "L_hat": np.round(y, 4).tolist()}
+def rank_correlation(pairs, axis):
+    """Spearman's, over pairs (..., N, 2) without ties."""
+    r = pairs.argsort(axis).argsort(axis).astype(float)
+    r = r - r.mean(axis, keepdims=True)
+    return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))
 
-def after_steps(think, y):
-    """L_hat before a trajectory and at the end of each of its arithmetic steps, before the `;`."""
-    ends = [i for i, token in enumerate(think) if token == ";"]
-    return y[[0, *ends, len(think)]]
-
-def shape(steps):
-    """Sequences of `after_steps` -> (Spearman correlation with position, share of the fall that the
-    largest step makes), a number a question each"""
-    return np.array([spearman(y) for y in steps]), np.array([cliff(y) for y in steps])
-
-def direction(fall):
-    """{kind: L_hat[0] - L_hat[|t|], one a question} -> margins"""
-    others = {f"more than {kind}": fall["correct"] - v
-              for kind, v in fall.items() if kind != "correct"}
-    return {"falls": fall["correct"], **others}
-
-def progressive(rho, share):
-    return {"spearman below -0.5": -0.5 - rho, "largest step below 2/3": 2 / 3 - share}
+def judge_law(raw):
+    plain, wide, level = {}, {}, widened(2 * len(raw.law) + 1)
+    found = {"rank correlation": {}, "distance": {}, "distance, partners swapped": {}}
+    for n, (h, d) in raw.law.items():
+        swapped = np.abs(h - np.roll(d, len(d) // 2))
+        closer = 0.5 * swapped - np.abs(h - d)
+        for level_of, into in ((0.95, plain), (level, wide)):
+            rho, low, high = bootstrap(np.stack((h, d), 1), rank_correlation, level=level_of)
+            into[f"{n} left: rank correlation - 0.7"] = rho - 0.7, low - 0.7, high - 0.7
+            into[f"{n} left: half of swapped - distance"] = bootstrap(closer, level=level_of)
+        found["rank correlation"][n] = round(float(rho), 3)
+        found["distance"][n] = interval(np.abs(h - d))
+        found["distance, partners swapped"][n] = interval(swapped)
+    jumped, foretold = (-np.diff(y, axis=1) for y in (raw.states["correct"][:, :-1], raw.predicted))
+    falls = jumped.sum(1) > LEAST
+    at = jumped[falls].argmax(1)
+    hit = at == foretold[falls].argmax(1)
+    commonest = np.bincount(at).max() / len(at)
+    for level_of, into in ((0.95, plain), (level, wide)):
+        into["largest step where predicted - 0.8"] = tuple(
+            x - 0.8 for x in bootstrap(hit, level=level_of))
+    found |= {"largest step where predicted": interval(hit),
+              "always the commonest place": round(float(commonest), 3)}
+    gaps = {name: [round(float(x), 4) for x in row] for name, row in plain.items()}
+    return rule(plain, wide), gaps, found
 
 
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    """A column a cell: L_hat by kind; after whole steps; the margin over a wrong answer; one
-    trajectory."""
-    fig, axes = panels(4, len(numbers), heights=[2.7, 2.3, 2.3, 2.3])
-    for (kinds, steps, margin, one), (name, cell) in zip(axes.T, numbers.items()):
-        draw_kinds(kinds, cell["curves"])
-        kinds.set(title=f"{name} operands, {cell['questions']} questions", ylim=(0, None),
-                  xlabel="fraction of the trajectory read")
-        draw_steps(steps, cell)
-        draw_margin(margin, cell["curves"])
-        example = cell["example"]
-        written_under(one, example["tokens"], example["L_hat"], COLOURS["correct"])
-        one.set(title=example["title"], xlabel="token of the trajectory", ylim=(0, None))
-    for ax in axes[:, 0]:
-        ax.set_ylabel(r"$\hat{L}$ (nats a token)")
-    axes[0, 0].legend(fontsize=7)
+    fig, ((front, kinds), (law, single)) = panels(2, 2, width=4.6, heights=[3.1, 3.1])
+    x = np.arange(len(numbers["means"]["correct"]))
+    for y in numbers["singles"]:
+        front.plot(x, y, color="#bbbbbb", lw=0.8)
+    front.plot([], [], color="#bbbbbb", lw=0.8, label=f"{SHOWN} single questions")
+    band(front, x, numbers["means"]["correct"], COLOURS["correct"], "mean of all")
+    predicted = [mean for mean, _, _ in numbers["predicted"]]
+    front.plot(x[:-1], predicted, "k--", lw=1.2, label="predicted: what is left, asked alone")
+    front.set(title="Each question jumps, the average slides")
+    colours = {"correct": "correct", "wrong": "wrong", "other": "other", "filler": "filler"}
+    for kind, colour in colours.items():
+        band(kinds, x, numbers["means"][kind], COLOURS[colour], KINDS[kind])
+    kinds.set(title="Only the right trajectory helps")
+    for ax in (front, kinds):
+        chance_line(ax)
+        ax.set(xlabel="states read", ylabel=r"$\hat{L}$, loss of the answer (nats)", ylim=(0, None))
+        ax.legend(fontsize=7)
+    for (n, (h, d)), colour in zip(numbers["scatter"].items(), ("theta", "other", "correct")):
+        rho = numbers["rank correlation"][n]
+        law.plot(d, h, ".", color=COLOURS[colour], ms=3,
+                 label=f"{n} operands left, rank correlation {rho:.2f}")
+    top = max(law.get_xlim()[1], law.get_ylim()[1])
+    law.plot([0, top], [0, top], color="#cccccc", lw=0.8, zorder=0)
+    law.set(xlabel="what is left, asked alone (nats)", ylabel=r"$\hat{L}$ (nats)",
+            title="The loss is that of the question that is left")
+    law.legend(fontsize=7)
+    draw_single(single, numbers["example"])
     return fig
 
-def draw_kinds(ax, curves):
-    for kind in KINDS:
-        band(ax, curves[kind], COLOURS[kind], kind)
-    band(ax, curves["implied"], COLOURS["wrong"], "wrong: the answer it implies", "--")
+def draw_single(ax, example):
+    """One question token by token; dots where a state is whole, the only places where training
+    asked."""
+    y, tokens = np.array(example["L_hat"]), example["tokens"]
+    ends = [0, *(i for i, token in enumerate(tokens) if token == ";"), len(tokens)]
+    ax.plot(y, color="#bbbbbb", lw=0.8, label="after every token")
+    ax.plot(ends, y[ends], "o-", color=COLOURS["correct"], ms=4, label="after whole states")
+    chance_line(ax)
+    ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=5, family="monospace")
+    ax.set(ylabel=r"$\hat{L}$ (nats)", title=f"One question: {example['text']}", ylim=(0, None))
+    ax.legend(fontsize=7)
 
-def draw_steps(ax, cell):
-    """Along the correct trajectory, at the end of every arithmetic step."""
-    rows = cell["L_hat_after_steps"]
-    whiskers(ax, range(len(rows)), rows, COLOURS["correct"])
-    rho, share = cell["spearman_median"][0], cell["largest_step_median"][0]
-    ax.set(title=f"after whole steps: Spearman {rho:.2f},\nlargest step {share:.0%} of the fall",
-           xticks=range(len(rows)), xlabel="steps of the correct trajectory", ylim=(0, None))
-
-def draw_margin(ax, curves):
-    """How much less a wrong answer is believed than the right one."""
-    band(ax, curves["margin"], COLOURS["correct"])
-    lowest = min(0, *curves["margin"]["mean"])
-    ax.set(ylim=(lowest, None), title=r"$\hat{L}$ of a wrong answer - the right one's",
-           xlabel="fraction of the trajectory read")
+def show(numbers):
+    says = [f"{name} in {100 * share:.0f} %" for name, (share, _, _) in numbers["says"].items()]
+    means = ", ".join(f"{mean:.2f}" for mean, _, _ in numbers["means"]["correct"])
+    return [f"mean loss after 0, 1, ... states: {means} nats (chance 2.30)",
+            f"largest step of the median question: {numbers['largest step'][0]:.0%} of its fall",
+            f"rank correlation with the prediction: {numbers['rank correlation']}", *says]

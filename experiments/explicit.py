@@ -1,267 +1,232 @@
-"""Does theta', moved along a trajectory, reason on from there? (Eq. 4, made explicit)
+"""What does theta' know after it was moved along a trajectory? (Eq. 4, made explicit)
 
-The trajectory in the weights beside the trajectory in the context, on the run of --meta: theta' is
-theta moved along a trajectory, and is asked a question without any.
+theta' is theta moved along a trajectory by one inner step, and is then asked questions without any.
+Everything is held out; sizes are the operand counts of the trajectory's question, as in training.
 
-further: the question goes an operation beyond the trajectory. After `3+5=8;8*2=16` it is
-((3+5)*2)-4: its answer stands nowhere in what the inner loop read, nor can be found while reading.
+it carries results: asked another operation on the trajectory's last two results, the two swapped,
+    one of them, an operation beyond, or the question itself, theta' of the largest trained size is
+    right more often than theta, and than theta' after another question's trajectory.
+it leaves the rest alone: facts, and unrelated questions as long as the trajectory's, are answered
+    at most 3 points worse than by theta.
+as the context does: asked the same, theta' is at most 3 points worse than the trajectory in the
+    context.
+the step descends: along theta + s (theta' - theta) the trajectory's own loss is lower at s = 1 than
+    at 0.
+two curves coincide: L_q(theta'_i) after i states in the weights and L_hat after i states in the
+    context agree question by question, for 1 <= i < n: a rank correlation of at least 0.8 of that
+    between the context and the context along another order of the same steps, and a distance of at
+    most half of what it is when questions swap partners.
 
-Supported if theta' then answers more held-out questions of the trained operand counts than theta
-does, and than theta' after such a trajectory of another question; if, where the last result is
-wrong, it says what follows from that more often than what is right; and if at least half are right
-(else inconclusive). Differences with 95 % bootstrap intervals above 0; refuted if one lies below.
-
-cut: the trajectory is the question's own, without its last result. That theta' answers then need
-not be reasoning in the weights: the result can be found while reading, and written down by one
-token's gradient. What carries an answer is looked for in both: the inner loss on </think> alone, or
-on all but it; the same trajectory behind another question; theta' asked another question, and
-whether it then says this one's answer; and plain gradient steps on the model that meta-training
-started from (rate, temperature and steps chosen on validation).
+Supported where all 95 % intervals over questions lie above 0, refuted where one lies below, else
+inconclusive.
 """
-import copy
-import itertools
 import random
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from analyze import cosines, curves_of, explicit_curves, others_of, untrained
+from analyze import at_states, curves_of, direct_logp, explicit_curves, nll_of
 from data import arithmetic, text
-from lab.figure import COLOURS, INK, band, mosaic, whisker, whiskers, zero_line
-from lab.flags import fail
-from lab.score import averaged, held_out
-from lab.verdict import banded, decide, interval
-from meta import CONDITIONS, Inner, another, answers, meta_test, trial
+from data.tasks import Task, support
+from experiments import others_of
+from experiments.curve import rank_correlation
+from experiments.figure import COLOURS, band, chance_line, panels, whiskers
+from lab.score import commonest, held_out, shallow
+from lab.verdict import bootstrap, decide, interval, rule, widened
+from meta import adapt, moved, outcomes
 
-CLAIM = "Eq. 4: theta', moved along a trajectory, carries its results and reasons on from them"
+CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
+CARRIED = ("sibling", "swapped", "left", "right", "beyond", "cut")
+LABELS = {"sibling": "another operation\non both results", "swapped": "results\nswapped",
+          "left": "left\nresult", "right": "right\nresult", "beyond": "an operation\nbeyond",
+          "cut": "itself, last\nstate missing", "whole": "itself", "fact": "a fact",
+          "unrelated": "an unrelated\nquestion", "other": "itself, after\nanother's"}
+WHERE = {"theta": ("theta", r"$\theta$"), "theta_prime": ("weights", r"$\theta'$"),
+         "in_context": ("correct", "in the context")}
+ALONG = np.linspace(0, 1.5, 13)                     # s, on the way from theta to theta' and beyond
 
-# {where the answer comes from: (label, colour)}
-WHERE = {
-    "theta": (r"$\theta$, no trajectory", COLOURS["theta"]),
-    "theta_prime": (r"$\theta'$, trajectory in the weights", COLOURS["weights"]),
-    "in_context": ("trajectory in the context", COLOURS["correct"])}
-LABELS = {
-    "further": "an operation\nbeyond it", "further_wrong": "that, after a\nwrong result",
-    "further_other": "that, after\nanother's", "whole": "its own,\nwhole",
-    "cut": "its own, last\nresult cut", "cut2": "its own,\nlast 2 cut",
-    "other": "another\nquestion's", "corrupted_last": "its own, last\nresult wrong"}
-CURVES = {
-    "context": ("in the context", COLOURS["correct"]),
-    "weights": (r"in the weights, $\theta'_i$", COLOURS["weights"]),
-    "other": ("another question's, in the weights", COLOURS["other"])}
-# Plain gradient steps: rates, temperatures, steps.
-GRID = list(itertools.product((0.01, 0.03, 0.1, 0.3, 1.0), (1.0, 10.0), (1, 3)))
-COSINES = {
-    "trained": COLOURS["weights"], "untrained": COLOURS["light"],
-    "other question's trajectory": COLOURS["other"]}
+
+class Raw(NamedTuple):
+    table: dict                             # {operands: {kind: {where: truths}}}
+    lines: dict                             # {operands: share of {commonest, shallow}}
+    curves: dict                            # {context, reordered, weights, other: (N, n + 1)}
+    along: dict                             # {L_support, L_q: (N, len(ALONG))}
+    carriers: dict                          # {what of the trajectory is left: truths}
 
 
 # --------------------------------------------------------------------------------------- measure
 
-class Raw(NamedTuple):
-    domain: str
-    counts: list                            # operands trained
-    layers: list                            # that the inner loop moves
-    table: dict                             # {operands: {condition: {where: right, a question}}}
-    curves: dict                            # {in which place: [the answer's loss, a question]}
-    cosines: dict                           # {condition: {layer: [cosine, a question]}}
-    carriers: dict                          # {condition: {what was changed: right? a question}}
-
-
-def measure(c, run, model):
-    plain, (model, inner, config) = model, run
-    mode, counts = config["inner"], [int(k) for k in config["operands"].split(",")]
-    domain, largest = config["domain"], max(counts)
-    table = meta_test(model, inner, {domain: (*counts, largest + 1)}, c.questions, mode, c.seed)
-
+def measure(c, runs):
+    model, inner, config = runs.meta()
+    largest, table, lines = max(config.counts), {}, {}
+    for n in (*config.counts, largest + 1):
+        questions = held_out("expr", n, c.questions)
+        lines[n] = {"commonest": commonest(questions),
+                    "shallow": float(np.mean(shallow(questions)))}
+        table[n] = {}
+        for kind in LABELS:
+            row, _ = outcomes(model, inner, questions, kind, config.style, c.seed)
+            table[n][kind] = {where: np.array(ok) for where, ok in row.items()}
+    questions = held_out("expr", largest, c.questions)
     rng = random.Random(f"{c.seed}/explicit")
-    trials = {condition: trials_of(c, domain, largest, condition, rng)
-              for condition in ("further", "cut")}
-    qs, thinks, solved = trials["further"]
-    others = others_of(qs, thinks, rng)
-    curves = {
-        "context": curves_of(model, qs, thinks),
-        "weights": explicit_curves(model, inner, qs, thinks, mode, solved=solved),
-        "other": explicit_curves(model, inner, qs, others, mode, solved=solved)}
+    return Raw(table, lines, both_curves(model, inner, questions, config.style, rng),
+               *along_the_step(model, inner, questions, config.style, rng))
 
-    wholes = [arithmetic.trajectory(q, rng) for q in qs][:100]
-    others = others_of(qs[:100], wholes, rng)
-    same, swapped = list(zip(qs, wholes, wholes)), list(zip(qs, others, wholes))
-    alike = {
-        "trained": cosines(model, inner, same, mode),
-        "untrained": cosines(untrained(model), inner, same, mode),
-        "other question's trajectory": cosines(model, inner, swapped, mode)}
-    carried = {}
-    for condition, (qs, thinks, solved) in trials.items():
-        carried[condition] = carriers(model, inner, qs, thinks, solved, mode, rng)
-        carried[condition]["plain steps, theta of SFT"] = plain_steps(
-            c, plain, inner.names, (qs, thinks, solved), condition, rng)
-    return Raw(domain, counts, inner.names, table[domain], curves, alike, carried)
+def both_curves(model, inner, questions, style, rng):
+    """Losses of questions after 0, 1, ... steps of their own trajectory, in the context and in the
+    weights."""
+    steps = [arithmetic.steps(q, rng, style)[0] for q in questions]
+    orders = [arithmetic.steps(q, rng, style)[0] for q in questions]
 
-def trials_of(c, domain, operands, condition, rng, part=None):
-    """Held-out questions under a condition -> (questions, trajectories, what those solve)"""
-    questions = held_out(domain, operands, 2 * c.questions, part)
-    trials = [(q, trial(q, questions, condition, rng)) for q in questions]
-    trials = [(q, t) for q, t in trials if t][:c.questions]
-    qs, solved = [q for q, _ in trials], [t.solved for _, t in trials]
-    if min(len({q.answer for q in qs}), len({q.answer for q in solved})) < 2:
-        fail(f"--questions={c.questions}: the controls need two questions with different answers")
-    return qs, [t.think for _, t in trials], solved
+    def in_context(trajectories):
+        thinks = [";".join(t) for t in trajectories]
+        curves = curves_of(model, questions, thinks)
+        return np.stack([at_states(y, t) for y, t in zip(curves, thinks)])
+    theirs = others_of(questions, list(zip(questions, steps)), rng)
+    other = explicit_curves(model, inner, questions, [t for _, t in theirs],
+                            [o for o, _ in theirs])
+    return {"context": in_context(steps), "reordered": in_context(orders),
+            "weights": np.stack(explicit_curves(model, inner, questions, steps)),
+            "other": np.stack(other)}
 
-def carriers(model, inner, qs, thinks, solved, mode, rng):
-    """Where the answer may come from -> {what was changed: right, or said? a question}"""
-    strangers = [another(q, solved, rng) for q in solved]
-    closing = [token == text.END_THINK for token in range(text.VOCAB)]
+def along_the_step(model, inner, questions, style, rng):
+    """One trajectory per question, its last state missing, asked another operation on its results
+    -> ({L_support, L_q: along the step}, {what of the trajectory the step is made of: truths})"""
+    steps = [arithmetic.steps(q, rng, style)[0][:-1] for q in questions]
+    asked = [arithmetic.relatives(q)["sibling"] for q in questions]
+    rows = support([Task(q, t, [a], False) for q, t, a in zip(questions, steps, asked)],
+                   model.device)
+    updates = adapt(model, inner, rows, order=1).updates
+    n_targets, losses = (rows.inner >= 0).sum(1), {"L_support": [], "L_q": []}
+    for s in ALONG:
+        hook = moved(inner, scaled(updates, float(s)), len(questions))
+        with torch.no_grad():
+            nll = model.score(model(**rows.inputs(), hook=hook), rows.inner)
+        losses["L_support"].append((nll.sum(1) / n_targets).cpu().numpy())
+        losses["L_q"].append(nll_of(direct_logp(model, asked, hook), asked))
 
-    def right(inner, solved, asked=qs):
-        said = answers(model, asked, thinks, inner, mode=mode, solved=solved)
-        return said, [arithmetic.verify(q, a) for q, a in zip(asked, said)]
+    last = rows.step == rows.step.max(1, keepdim=True).values
+    close = rows.inner == text.END_THINK
+    parts = {"the whole trajectory": torch.ones_like(close), "</think> alone": close,
+             "all but </think>": ~close, "the last state and </think>": last,
+             "all but those": ~last}
+    carriers = {}
+    for name, kept in parts.items():
+        part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
+        logp = direct_logp(model, asked, adapt(model, inner, part, order=1).hook)
+        carriers[name] = np.array([str(d) == q.answer
+                                   for d, q in zip(logp.argmax(-1).tolist(), asked)])
+    return {name: np.stack(y, 1) for name, y in losses.items()}, carriers
 
-    asked = [another(q, qs, rng) for q in qs]
-    said, right_of_asked = right(inner, solved, asked)
-    return {
-        "all of the inner loss": right(inner, solved)[1],
-        "</think> alone": right(heeding(inner, closing), solved)[1],
-        "all but </think>": right(heeding(inner, np.invert(closing)), solved)[1],
-        "behind another question": right(inner, strangers)[1],
-        "asked another: right": right_of_asked,
-        "asked another: says this one's": [a == q.answer for q, a in zip(qs, said)]}
-
-def heeding(inner, tokens):
-    """An inner loop whose loss knows some tokens of the vocabulary only (a bool each)."""
-    new = copy.deepcopy(inner)
-    new.heeded *= torch.tensor(tokens, device=new.heeded.device)
-    return new
-
-def plain_steps(c, model, names, tried, condition, rng):
-    """Gradient steps on a model that never was meta-trained, the best of GRID on 50 validation
-    questions -> right? a question"""
-    def right(setting, qs, thinks, solved):
-        rate, tau, K = setting
-        inner = Inner(names, K, rate, tau).to(model.head.weight.device)
-        said = answers(model, qs, thinks, inner, solved=solved)
-        return [arithmetic.verify(q, a) for q, a in zip(qs, said)]
-    first = tried[0][0]
-    val = trials_of(replace(c, questions=50), first.domain, first.operands, condition, rng, "val")
-    best = max(GRID, key=lambda setting: sum(right(setting, *val)))
-    return right(best, *tried)
+def scaled(updates, s):
+    """The same update, s times as far."""
+    return [{name: (X, s * D) for name, (X, D) in update.items()} for update in updates]
 
 
 # ----------------------------------------------------------------------------------------- judge
 
 def judge(raw):
-    pooled = pool(raw.table, raw.counts)
-    verdict, gaps = decide_on(pooled)
-    return verdict, {
-        "gaps": gaps, "domain": raw.domain, "counts": raw.counts, "layers": raw.layers,
-        "questions": {name: len(row["theta"]) for name, row in pooled.items()},
-        "exact_match": intervals(pooled), "by_operands": averaged(raw.table),
-        "carriers": intervals(raw.carriers), "cosine": intervals(raw.cosines),
-        "curves": {kind: banded(ys) for kind, ys in raw.curves.items()}}
+    sizes = list(raw.table)
+    largest = raw.table[sizes[-2]]
+    def gap(kind, a, b, bonus=0.0):
+        return largest[kind][a].astype(float) - largest[kind][b] + bonus
+    elsewhere = np.mean(largest["other"]["theta_prime"])
+    margins = {
+        "it carries results":
+            {f"{kind}: theta' - theta": gap(kind, "theta_prime", "theta") for kind in CARRIED}
+            | {f"{kind}: theta' - after another's": largest[kind]["theta_prime"] - elsewhere
+               for kind in ("cut",)},
+        "it leaves the rest alone":
+            {f"{kind}: theta' - theta + 3 points": gap(kind, "theta_prime", "theta", 0.03)
+             for kind in ("fact", "unrelated")},
+        "as the context does":
+            {f"{kind}: theta' - context + 3 points": gap(kind, "theta_prime", "in_context", 0.03)
+             for kind in CARRIED},
+        "the step descends":
+            {"L_support before - after":
+             raw.along["L_support"][:, 0] - raw.along["L_support"][:, list(ALONG).index(1.0)]}}
+    verdicts, gaps = {}, {}
+    for part, row in margins.items():
+        verdicts[part], gaps[part] = decide(row)
+    verdicts["two curves coincide"], gaps["two curves coincide"], found = coincide(raw.curves)
+    return verdicts, found | {
+        "gaps": gaps, "largest": sizes[-2], "lines": raw.lines,
+        "table": {n: {kind: {where: interval(ok) for where, ok in row.items()}
+                      for kind, row in kinds.items()} for n, kinds in raw.table.items()},
+        "curves": {name: [interval(column) for column in y.T] for name, y in raw.curves.items()},
+        "along": {name: [interval(column) for column in y.T] for name, y in raw.along.items()},
+        "carriers": {name: interval(ok) for name, ok in raw.carriers.items()}}
 
-def pool(table, counts):
-    """The trained operand counts of a table put together -> {condition: {where: right}}"""
-    pooled = {}
-    for condition in CONDITIONS:
-        rows = [table[str(k)][condition] for k in counts if condition in table[str(k)]]
-        if rows:
-            pooled[condition] = {where: sum((row[where] for row in rows), []) for where in rows[0]}
-    return pooled
-
-def decide_on(pooled):
-    """The same questions in the same order: differences are paired."""
-    further, wrong = pooled["further"], pooled["further_wrong"]
-    right, other = further["theta_prime"], pooled["further_other"]["theta_prime"]
-    verdict, gaps = decide({
-        "further, theta' - theta": np.subtract(right, further["theta"], dtype=float),
-        "further, theta' - after another's": np.subtract(right, other, dtype=float),
-        "its result wrong, says what follows - right":
-            np.subtract(wrong["implied"], wrong["theta_prime"], dtype=float)})
-    if verdict == "supported" and np.mean(right) < 0.5:
-        verdict = "inconclusive"
-    return verdict, gaps
-
-def intervals(rows):
-    """{name: {key: numbers}} -> the same with intervals."""
-    return {name: {key: interval(v) for key, v in row.items()} for name, row in rows.items()}
+def coincide(curves):
+    """Compares two curves question by question, at every number of states but none and all."""
+    plain, wide, found = {}, {}, {"rank correlation": {}, "ceiling": {}}
+    inside = range(1, curves["context"].shape[1] - 1)
+    level = widened(2 * len(inside))
+    for i in inside:
+        w, h, again = (curves[name][:, i] for name in ("weights", "context", "reordered"))
+        ceiling = rank_correlation(np.stack((h, again), 1)[None], 1)[0]
+        closer = 0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h)
+        for level_of, into in ((0.95, plain), (level, wide)):
+            row = bootstrap(np.stack((w, h), 1), rank_correlation, level=level_of)
+            into[f"{i} states: rank correlation - 0.8 of the ceiling"] = tuple(
+                rho - 0.8 * ceiling for rho in row)
+            into[f"{i} states: half of swapped - distance"] = bootstrap(closer, level=level_of)
+        found["rank correlation"][i] = round(float(rank_correlation(np.stack((w, h), 1)[None],
+                                                                    1)[0]), 3)
+        found["ceiling"][i] = round(float(ceiling), 3)
+    gaps = {name: [round(float(x), 4) for x in row] for name, row in plain.items()}
+    return rule(plain, wide), gaps, found
 
 
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    layout = [["curves", "bars", "bars"], ["carriers", "counts", "cosines"]]
-    fig, axes = mosaic(layout, (12, 6.8), width_ratios=(1.2, 1, 1))
-    draw_curves(axes["curves"], numbers)
-    draw_bars(axes["bars"], numbers)
-    draw_carriers(axes["carriers"], numbers)
-    draw_counts(axes["counts"], numbers)
-    draw_cosines(axes["cosines"], numbers)
+    fig, ((kinds, curves), (along, carriers)) = panels(2, 2, width=5.0, heights=[3.2, 3.0])
+    n = str(numbers["largest"])
+    table, lines = ({str(k): v for k, v in numbers[key].items()}[n] for key in ("table", "lines"))
+    for shift, (where, (colour, label)) in zip((-0.2, 0, 0.2), WHERE.items()):
+        rows = [(i, table[kind][where]) for i, kind in enumerate(LABELS) if where in table[kind]]
+        whiskers(kinds, [i + shift for i, _ in rows], [row for _, row in rows], COLOURS[colour],
+                 fmt="o", label=label)
+    for name, share in lines.items():
+        kinds.axhline(share, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
+        kinds.text(len(LABELS) - 0.5, share, name, fontsize=6, color="#777777", ha="right")
+    kinds.set_xticks(range(len(LABELS)), LABELS.values(), fontsize=6, rotation=60)
+    kinds.set(title=f"What theta' answers after a trajectory of {n} operands", ylabel="right",
+              ylim=(0, 1.03))
+    kinds.legend(fontsize=7)
+
+    names = {"context": ("correct", "in the context"), "weights": ("weights", "in the weights"),
+             "other": ("other", "in the weights, another question's")}
+    for name, (colour, label) in names.items():
+        y = numbers["curves"][name]
+        band(curves, range(len(y)), y, COLOURS[colour], label)
+    curves.set(title="The same trajectory, in the context and in the weights",
+               xlabel="states of the trajectory", ylabel="loss of the answer (nats)",
+               ylim=(0, None))
+    for name, colour, label in (("L_support", "filler", "of the trajectory, per token"),
+                                ("L_q", "weights", "of the answer")):
+        band(along, ALONG, numbers["along"][name], COLOURS[colour], label)
+    along.axvline(1, color="#cccccc", lw=0.8, zorder=0)
+    along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
+              ylim=(0, None))
+    for ax in (curves, along):
+        chance_line(ax)
+        ax.legend(fontsize=7)
+    for i, (name, (mean, low, high)) in enumerate(numbers["carriers"].items()):
+        carriers.barh(i, mean, 0.7, color=COLOURS["weights"])
+        carriers.errorbar(mean, i, xerr=[[mean - low], [high - mean]], ecolor="k", lw=0.8)
+    carriers.set_yticks(range(len(numbers["carriers"])), numbers["carriers"])
+    carriers.invert_yaxis()
+    carriers.set(title="What the inner step is taken on", xlim=(0, 1.03),
+                 xlabel="right, another operation on both results")
     return fig
 
-def draw_curves(ax, numbers):
-    for kind, (label, colour) in CURVES.items():
-        band(ax, numbers["curves"][kind], colour, label)
-    ax.set(title=f"a question an operation beyond ({numbers['domain']}, {max(numbers['counts'])} "
-                 "operands)", xlabel="fraction of the trajectory read",
-           ylabel="answer's NLL (nats a token)", ylim=(0, None))
-    ax.legend(fontsize=8)
-
-def draw_bars(ax, numbers, conditions=LABELS):
-    """Exact match by what trajectory there was, and where it was."""
-    rows = {name: numbers["exact_match"][name] for name in conditions
-            if name in numbers["exact_match"]}
-    for j, (where, (label, colour)) in enumerate(WHERE.items()):
-        for i, row in enumerate(rows.values()):
-            whisker(ax, i + (j - 1) * 0.27, row[where], colour, width=0.25,
-                    label=label if i == 0 else None)
-    marks = [(i, row["implied"][0]) for i, row in enumerate(rows.values()) if "implied" in row]
-    if marks:
-        ax.plot(*zip(*marks), "D", color=INK, ms=5, label=r"$\theta'$ says what it implies")
-    ax.set_xticks(range(len(rows)), [LABELS[name] for name in rows], fontsize=7.5)
-    counts = " and ".join(map(str, numbers["counts"]))
-    ax.set(title=f"the question, and the trajectory read ({counts} operands, held out)",
-           ylabel="share right", ylim=(0, 1.3), yticks=np.linspace(0, 1, 6))
-    ax.legend(ncols=2, loc="upper center")
-
-def draw_carriers(ax, numbers):
-    """Share right, by what the inner loop was given and theta' was asked."""
-    looks = {"further": ("an operation beyond", COLOURS["weights"]),
-             "cut": ("last result cut", COLOURS["light"])}
-    names = list(numbers["carriers"]["further"])
-    for j, (condition, (label, colour)) in enumerate(looks.items()):
-        for i, (mean, low, high) in enumerate(numbers["carriers"][condition].values()):
-            y = i + 0.38 * (j - 0.5)
-            ax.barh(y, mean, 0.36, color=colour, label=label if i == 0 else None)
-            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="none", ecolor=INK, lw=0.8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set(title=f"what carries the answer? ({max(numbers['counts'])} operands)",
-           xlabel="share right, or said", xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6))
-    ax.legend(fontsize=7, loc="lower right")
-
-def draw_counts(ax, numbers):
-    """Exact match by operands, the largest count never trained."""
-    table = numbers["by_operands"]
-    ks = [int(k) for k in table]
-    for where, (_, colour) in WHERE.items():
-        styles = {"further": "o-", "cut": "s--"}
-        for condition, style in styles.items():
-            shares = [row[condition][where] for row in table.values()]
-            ax.plot(ks, shares, style, color=colour, ms=4)
-    ax.set_xticks(ks, [f"{k}" if k in numbers["counts"] else f"{k}\n(not trained)" for k in ks])
-    ax.set(title="solid: an operation beyond; dashed: cut", xlabel="operands", ylabel="share right",
-           ylim=(-0.03, 1.05))
-
-def draw_cosines(ax, numbers):
-    """Layers that no update moves have no direction, and no dot."""
-    layers = numbers["layers"]
-    for name, colour in COSINES.items():
-        row = numbers["cosine"][name]
-        places = [i for i, layer in enumerate(layers) if layer in row]
-        whiskers(ax, places, [row[layers[i]] for i in places], colour, label=name)
-    zero_line(ax)
-    ax.set_xticks(range(len(layers)), layers, rotation=45)
-    ax.set(title="explicit update against implicit patch", ylabel="cosine", xlabel="fast layer")
-    ax.margins(y=0.35)
-    ax.legend(fontsize=7, loc="upper left")
+def show(numbers):
+    lines = []
+    for n, kinds in numbers["table"].items():
+        shares = [f"{kind} {100 * row['theta_prime'][0]:.0f}" for kind, row in kinds.items()
+                  if "theta_prime" in row]
+        lines.append(f"{n} operands, theta' right in %: {', '.join(shares)}")
+    return lines

@@ -1,27 +1,31 @@
-"""A dataclass becomes a command line; what a flag may be stands in its field's own comment.
+"""A dataclass becomes a command line.
 
-    steps: int = 1600               # [1, 1e9] optimiser steps
-    method: str = "sft"             # {sft, grpo, dpo} how to learn
-    names: tuple = ()               # ... experiments
+    steps: int = flag(500, "optimiser steps", 1)
+    method: Literal["sft", "grpo"] = flag("sft", "how to learn")
+    names: tuple = flag((), "experiments", words=True)
 
-makes `--steps=N` within that interval (a round bracket leaves its end out), `--method` one of
-three, and `names` the words that belong to no flag. The rest of the comment is the help.
+makes `--steps=N` of at least 1, `--method` one of two, and `names` the words that belong to no
+flag. A `bool` takes no value; a `tuple` without `words` may be given several times.
 """
 import argparse
-import functools
 import inspect
 import math
 import os
 import re
 import sys
-from dataclasses import fields, is_dataclass
+import typing
+from dataclasses import field, fields
 
 
 def fail(message):
-    """One line on stderr, exit code 2."""
+    """Prints one line on stderr and ends with exit code 2."""
     line = " ".join(str(message).split())
     print("error: " + line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     raise SystemExit(2)
+
+def flag(default, text: str, low: float = 0, high: float = 1e9, words: bool = False):
+    """Describes a field of a command line: its help, the range of a number."""
+    return field(default=default, metadata={"text": text, "range": (low, high), "words": words})
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,109 +33,86 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def integer(s):
-    if not re.fullmatch(r"-?\d{1,18}", s, re.ASCII):    # int() takes other scripts' digits, and _
-        raise ValueError
-    return int(s)
+def value_of(kind, text: str):
+    """Reads the text of a flag's value. ValueError says what was expected.
 
-def real(s):
-    if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", s, re.ASCII | re.I):
-        raise ValueError
-    return float(s)
+    Plain ASCII numbers only: int() and float() also take other scripts' digits, `_` and `nan`."""
+    if kind is int:
+        if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
+            raise ValueError("a whole number is expected")
+        return int(text)
+    if kind is float:
+        if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.ASCII | re.I):
+            raise ValueError("a number is expected")
+        return float(text)
+    return os.path.expanduser(text) if text.startswith("~") else text
 
-@functools.cache                                    # reading the source takes a while
-def notes(cls):
-    """{field: (what it may be, its help)} from the comments behind a dataclass's fields.
-
-    What it may be: (low, high, low excluded) for a number, a list of choices, '...' or None."""
-    comments = {}
-    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
-    for name, comment in re.findall(r"^    (\w+): .*?# (.*)$", source, re.M):
-        interval = re.match(r"([\[(])([\d.e]+), ([\d.e]+)\] ", comment)
-        choices = re.match(r"\{([\w, ]+)\} ", comment)
-        if interval:
-            bracket, low, high = interval.groups()
-            may, comment = (float(low), float(high), bracket == "("), comment[interval.end():]
-            comment = f"{comment}, {interval[0].strip()}"
-        elif choices:
-            may, comment = choices[1].split(", "), comment[choices.end():]
-        elif comment.startswith("... "):
-            may, comment = "...", comment[4:]
-        else:
-            may = None
-        comments[name] = may, comment
-    return comments
-
-def add(parser, field, may, note):
-    """One field of the dataclass as an argument of the parser."""
-    text = f"{note} (default: {field.default!r})".replace("%", "%%")
-    if may == "...":
-        parser.add_argument(field.name, nargs="*", help=note.replace("%", "%%"))
-    elif field.type is bool:
-        parser.add_argument(f"--{field.name}", action="store_true", help=text)
-    elif field.type is tuple:
-        parser.add_argument(f"--{field.name}", action="append", metavar="FLAGS", help=text)
-    else:
-        kind = {int: integer, float: real}.get(field.type, str)
-        choices = may if isinstance(may, list) else None
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices, help=text,
-                            metavar="|".join(choices) if choices else field.type.__name__)
-
-def fault(v, may):
-    """What is wrong with a value that its field's comment does not allow, or None."""
-    if isinstance(v, str) and not 0 < len(v) < 1000:
-        return "is too long" if v else "is empty"
-    if isinstance(may, tuple):
-        low, high, excluded = may
-        if not math.isfinite(v) or not low <= v <= high or excluded and v == low:
-            bracket = "(" if excluded else "["
-            return f"is out of range: {bracket}{low:g}, {high:g}]"
-    if isinstance(may, list) and v not in may:
-        return f"is none of {', '.join(may)}"
+def fault(one, value):
+    """Says what is wrong with a field's value, or gives None."""
+    choices = typing.get_args(one.type)
+    if choices:
+        return None if value in choices else f"one of {', '.join(choices)} is expected"
+    if type(value) is not one.type and not (one.type is float and type(value) is int):
+        return f"it should be of type {one.type.__name__}"
+    if one.type in (int, float):
+        low, high = one.metadata["range"]
+        if not math.isfinite(value) or not low <= value <= high:
+            return f"{low:g} to {high:g} is allowed"
+    if one.type is str and len(value) > 1000:
+        return "it is too long"
     return None
 
 def from_file(cls, config, path):
-    """A config that a file holds -> an instance of cls, checked as a command line is."""
-    comments = notes(cls)
+    """Builds a cls from the config that a file holds. Exits 2 with a line where it does not fit."""
     if not isinstance(config, dict) or set(config) != {f.name for f in fields(cls)}:
         fail(f"{path} is not a run of {cls.script} in this version")
-    for field in fields(cls):
-        v = config[field.name]
-        if type(v) is not field.type and not (field.type is float and type(v) is int):
-            wrong = f"is no {field.type.__name__}"
-        else:
-            wrong = v != field.default and fault(v, comments[field.name][0])
+    for one in fields(cls):
+        wrong = fault(one, config[one.name])
         if wrong:
-            fail(f"{path} holds a config whose {field.name} {wrong}")
+            fail(f"{path} holds {one.name}={config[one.name]!r}, but {wrong}")
     return cls(**config)
 
-def flags(cls, argv=None, epilog=""):
-    """argv -> (an instance of the dataclass cls, {name: value} of what argv gave). Exits 2 with a
-    line for anything else."""
+def flags(cls, argv: list = None, epilog: str = ""):
+    """Reads a command line -> (an instance of the dataclass cls, {name: value} of what was given).
+    Exits 2 with a line for anything that cannot be meant."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    for a in argv:
-        if a.endswith("=--"):                       # argparse takes it for the end of the flags
-            fail(f"{a}: -- is no value")
+    known = {one.name: one for one in fields(cls)}
     parser = Parser(
         usage="python %(prog)s --flag=value ...", description=inspect.cleandoc(cls.__doc__ or ""),
         epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = notes(cls)
-    for field in fields(cls):
-        add(parser, field, *comments[field.name])
-    given = vars(parser.parse_intermixed_args(argv))
+    for name, one in known.items():
+        text = f"{one.metadata['text']} (default: {one.default!r})".replace("%", "%%")
+        if one.metadata["words"]:
+            parser.add_argument(name, nargs="*", help=text)
+        elif one.type is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            choices = "|".join(typing.get_args(one.type))
+            parser.add_argument(f"--{name}", action="append", help=text,
+                                metavar=choices or one.type.__name__)
+    for word in argv:
+        name = word[2:].partition("=")[0]
+        if word.startswith("--") and "=" in word and name in known and known[name].type is bool:
+            fail(f"{word}: --{name} takes no value; give it, or leave it out")
+        if word.endswith("=--"):                    # argparse takes it for the end of the flags
+            fail(f"{word}: -- is no value")
 
-    names = [a.split("=")[0] for a in argv if a.startswith("--")]
-    for field in fields(cls):
-        if field.type is not tuple and names.count(f"--{field.name}") > 1:
-            fail(f"--{field.name} is given twice")
-    for name, v in given.items():
-        if isinstance(v, list):
-            given[name] = tuple(v)
-            continue
-        wrong = fault(v, comments[name][0])
-        if wrong:
-            fail(f"--{name} {wrong}" if isinstance(v, str) else f"--{name}={v} {wrong}")
-        if isinstance(v, str) and v.startswith("~"):
-            given[name] = os.path.expanduser(v)
+    given = {}
+    for name, texts in vars(parser.parse_intermixed_args(argv)).items():
+        one = known[name]
+        if one.type is bool:
+            given[name] = True
+        elif one.type is tuple:
+            given[name] = tuple(texts)
+        else:
+            if len(texts) > 1:
+                fail(f"--{name} is given twice")
+            try:
+                given[name] = value_of(one.type, texts[0])
+                wrong = fault(one, given[name])
+            except ValueError as e:
+                wrong = e
+            if wrong or not texts[0]:
+                fail(f"--{name}={texts[0]}: {wrong or 'it is empty'}")
     return cls(**given), given

@@ -1,15 +1,9 @@
-"""What surrounds a training loop and has nothing to do with learning: the run's folder, its log and
-checkpoints, resuming, signals. The loop itself stays with the reader:
+"""Files, devices, and what surrounds a training loop and has nothing to do with learning: the run's
+folder, its log, its checkpoints, resuming, signals. The loop itself stands in the scripts.
 
-    with Run(c, model, opts) as run:
-        for i in run:                       # from where the run stopped, up to c.steps
-            numbers = ...                   # forward, backward: leaves gradients
-            run.update(numbers)             # optimisers, a line of the log
-
-A signal is acted on between two steps: a checkpoint, a line on how to go on, exit code 130 or 143.
-A second one ends the process at once.
+A run in c.out is `config.json`, `metrics.jsonl` (one line per step), `ckpt.pt` (whole or not at
+all) and, at its end, `summary.json`.
 """
-import contextlib
 import hashlib
 import json
 import math
@@ -18,33 +12,23 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:                                 # not on Windows: no locks there
-    fcntl = None
-
 from data import text
-from lab import machine
 from lab.flags import fail, from_file
-from lab.machine import RANK, WORLD
-from lab.optim import linear
 
-FORMAT = "raml-arithmetic checkpoint 2"
-ROOT = Path(__file__).parent.parent
+FORMAT = "raml-digit checkpoint 1"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 # ----------------------------------------------------------------------------------------- files
 
 def write(path, data):
-    """Whole or not at all: a dict or list as JSON, a string as it is."""
+    """Writes a dict or list as JSON, a string as it is: whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -53,9 +37,9 @@ def write(path, data):
     os.replace(part, path)
 
 def save(path, **state):
-    """A checkpoint, whole or not at all. OSError if it cannot be; the one before it stands."""
+    """Writes a checkpoint, whole or not at all. OSError if it cannot be; the one before it
+    stands."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         torch.save({"format": FORMAT, "encoding": text.ENCODING.name, **state}, part)
@@ -66,49 +50,43 @@ def save(path, **state):
         raise OSError(f"{path} could not be written, and what stood there before still does: "
                       f"{reason}") from None
 
-def load(path, device="cpu"):
-    """A checkpoint written by `save` -> dict. Exits 2 with a line that says what is wrong.
-
-    Nothing in the file is executed, and every record of it is held against its checksum first,
-    which torch itself does not do. Records are stored plainly: one that unpacks to more than it
-    takes on disk is not ours."""
+def load(path, device="cpu") -> dict:
+    """Reads a checkpoint written by `save`. Nothing in the file is executed. Exits 2 with a line
+    that says what is wrong with it."""
     try:
-        with zipfile.ZipFile(path) as z:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in z.infolist()):
-                fail(f"{path} has compressed records: it was not written by this project")
-            broken = z.testzip()
-        if broken:
-            fail(f"{path} is damaged ({broken} does not match its checksum)")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         fail(f"there is no checkpoint at {path}")
     except Exception as e:                          # a broken file raises a dozen kinds
         fail(f"{path} cannot be read as a checkpoint ({type(e).__name__})")
-    expected = {"format": FORMAT, "encoding": text.ENCODING.name}
-    if not isinstance(state, dict) or any(state.get(k) != v for k, v in expected.items()):
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         fail(f"{path} is not a checkpoint of this version of this project")
-    for name, kind in {"model": dict, "step": int, "config": dict}.items():
+    kinds = {"model": dict, "step": int, "config": dict, "optimisers": list}
+    for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             fail(f"{path} has no {name}, which a checkpoint of this project has")
     return state
 
-def checksum(path):
-    """Of a file, 16 hex digits: what a figure's JSON names the weights by."""
+def checksum(path) -> str:
+    """Names a file by 16 hex digits of its content."""
     return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
 
-def revision():
-    """The git revision of the code, '+' behind it where files differ; 'unknown' without git."""
+def revision() -> str:
+    """Names the git revision of the code, with a '+' where files differ; 'unknown' without git."""
     def git(*args):
         command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        return done.stdout.strip()
     try:
+        if git("rev-parse", "--show-toplevel") != str(ROOT):
+            return "unknown"                        # a copy inside somebody else's repository
         changed = git("status", "--porcelain", "-uno")
         return git("rev-parse", "--short", "HEAD") + "+" * bool(changed) or "unknown"
     except OSError:
         return "unknown"
 
-def read_log(folder):
-    """A run's log -> a dict a step. Exits 2 with a line where it is damaged."""
+def read_log(folder) -> list:
+    """Reads a run's log -> a dict per step. Exits 2 with a line where it is damaged."""
     path, rows = Path(folder) / "metrics.jsonl", []
     for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
@@ -120,19 +98,40 @@ def read_log(folder):
         rows.append(row)
     return rows
 
-def provenance(c, model, run):
-    """What every summary says of how it came about."""
-    device = model.head.weight.device
-    return {
-        "seconds": round(run.seconds, 1), "steps": run.done,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": machine.device_name(device), "torch": torch.__version__,
-        "revision": revision(), "config": asdict(c)}
+
+# --------------------------------------------------------------------------------------- devices
+
+def device_of(c) -> torch.device:
+    """Resolves --device and sets --threads. Exits 2 with a line where a device is missing."""
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        fail("--device=cuda, but torch finds no CUDA device")
+    cuda = c.device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        # It would build a plan for every new shape, up to a second each on Hopper and later.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda" if cuda else "cpu")
+
+def device_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+def precision_of(c, device):
+    """Resolves --dtype: what training computes in, None being the weights' own float32. auto is
+    bfloat16 where the hardware multiplies in it."""
+    if device.type == "cuda":
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    half = c.dtype == "bfloat16" or c.dtype == "auto" and has_units
+    return torch.bfloat16 if half else None
 
 
 # ----------------------------------------------------------------------------- before and after
 
-def prepare(c, given):
+def prepare(c, given: dict):
     """Looks at c.out before a run and changes nothing: refuses to replace a run unasked; with
     --resume takes the config that the run was started with, and refuses to change it. -> c"""
     out = Path(c.out)
@@ -158,31 +157,19 @@ def prepare(c, given):
     changed = {k: getattr(c, k) for k in free}
     return replace(before, **changed, resume=True, overwrite=False, out=c.out)
 
-@contextlib.contextmanager
-def locked(folder):
-    """Holds a run's folder for this process, which may die at any time. Exits 2 with a line where
-    another one holds it."""
-    if RANK or fcntl is None:
-        yield
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        fail(f"another process is at work in {folder}: wait for it, or choose another --out")
-    machine.HELD.append(handle)
-    try:
-        yield
-    finally:
-        machine.HELD.remove(handle)
-        os.close(handle)
+def provenance(c, model, run) -> dict:
+    """What every summary says of how it came about."""
+    return {
+        "seconds": round(run.seconds, 1), "steps": c.steps,
+        "tokens": sum(line["tokens"] for line in read_log(c.out)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": device_name(model.device), "torch": torch.__version__,
+        "dtype": str(model.dtype or torch.float32).removeprefix("torch."),
+        "revision": revision(), "config": asdict(c)}
 
 def command(main):
-    """Runs a script's main. Ctrl-C outside of a Run, where there is nothing to save, files in the
-    way, a full disk or memory are a line, not a traceback."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Runs a script's main. Ctrl-C where there is nothing to save, files in the way, a full disk or
+    memory are a line, not a traceback."""
     for stream in (sys.stdout, sys.stderr):         # a folder's name may be beyond the terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -193,173 +180,109 @@ def command(main):
         raise SystemExit(1) from None
     except OSError as e:
         fail(e)
-    except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if known or "allocate memory" in str(e):
-            fail("out of memory: a smaller --batch needs less, and so do more --chunks")
-        if "DataLoader worker" in str(e):
-            fail("a process that makes batches was killed; the last checkpoint stands: go on with "
-                 "--resume")
-        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        fail("out of memory: a smaller --batch needs less")
     except KeyboardInterrupt:
         print("\nstopped; what was trained is on disk", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:
-        machine.leave()
 
 
-# -------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------- around the loop
+
+def lr_at(c, step: int) -> float:
+    """The learning rates' share at a step: a linear warm-up, then linearly down to 0."""
+    return min((step + 1) / max(1, c.warmup), (c.steps - step) / c.steps, 1)
+
+def move(opts: list, share: float):
+    """Takes a step of every optimiser at this share of its rate, and clears the gradients."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = share * group.setdefault("base", group["lr"])
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+
 
 class Run:
-    """One run in c.out: config.json, metrics.jsonl (a line a step), ckpt.pt.
+    """One run in c.out, begun or resumed; extra: a further module for its checkpoints.
 
-    extra: a further module for the checkpoint. rate(c, i): the learning rates' schedule.
-    Afterwards `done` steps have been taken in `seconds`, over all sittings. A `look`, (step,
-    function), is taken behind the checkpoint of that step: a first figure of a long run."""
+    `start` is the first step to take. SIGINT and SIGTERM are remembered, and acted on by `save`
+    between two steps: a half-taken step could not be resumed exactly."""
 
-    look = None
-
-    def __init__(self, c, model, opts, extra=None, rate=linear):
-        self.c, self.model, self.opts, self.extra, self.rate = c, model, opts, extra, rate
+    def __init__(self, c, model, opts, extra=None):
+        self.c, self.model, self.opts, self.extra = c, model, opts, extra
         self.out = Path(c.out)
-        self.checkpoint, self.log_path = self.out / "ckpt.pt", self.out / "metrics.jsonl"
-        self.device = next(model.parameters()).device
-        self.start, self.done, self.seconds, self.finished = 0, 0, 0.0, False
-        self.caught, self.handlers = [], {}
-        self.init = checksum(c.init) if c.init and Path(c.init).exists() else None
-        self.precision = machine.training_precision(self.device)
-
-    def __enter__(self):
-        rates = [group["lr"] for group in self.groups()]
-        lines = self.resume() if self.c.resume else self.begin()
-        for group, rate in zip(self.groups(), rates):
-            group["base"] = rate
-        if RANK == 0:
-            write(self.log_path, "".join(line + "\n" for line in lines))
-        self.log = open(os.devnull if RANK else self.log_path, "a")
-        self.bar = tqdm(total=self.c.steps, initial=self.start, unit="step",
-                        disable=RANK > 0 or None, dynamic_ncols=True)
-        for s in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[s] = signal.signal(s, self.catch)
-        self.precision.__enter__()
-        return self
-
-    def begin(self):
-        """A new run: what an older one left goes. -> no lines of the log"""
-        if RANK == 0:
+        self.start, self.seconds, self.caught, lines = 0, 0.0, [], []
+        if c.resume:
+            lines = self.restore()
+        else:
             for name in ("ckpt.pt", "summary.json"):
                 (self.out / name).unlink(missing_ok=True)
-            write(self.out / "config.json", asdict(self.c))
-        return []
+            write(self.out / "config.json", asdict(c))
+        write(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    def resume(self):
-        """Weights, optimisers and counts of the checkpoint. -> the log's lines up to there"""
-        state = load(self.checkpoint, self.device)
-        if self.init and self.init != state.get("init"):
-            fail(f"{self.c.init} is another checkpoint than the run in {self.out} started from")
+    def restore(self):
+        """Takes up the state of the last checkpoint -> the lines of the log up to it."""
+        path = self.out / "ckpt.pt"
+        state = load(path, self.model.device)
+        lines = read_log(self.out)[:state["step"]]
+        if len(lines) < state["step"]:
+            fail(f"{self.out / 'metrics.jsonl'} ends before step {state['step']} of the checkpoint")
         try:
             self.model.load_state_dict(state["model"]["weights"])
-            for opt, kept in zip(self.opts, state["optimisers"], strict=True):
-                opt.load_state_dict(kept)
+            for opt, old in zip(self.opts, state["optimisers"], strict=True):
+                opt.load_state_dict(old)
             if self.extra is not None:
                 self.extra.load_state_dict(state["extra"])
-            self.seconds = float(state["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
-            fail(f"{self.checkpoint} does not fit this run: {str(e).splitlines()[-1].strip()}")
-        self.start = self.done = state["step"]
-        lines = [json.dumps(row) for row in read_log(self.out)[:self.start]]
-        if len(lines) < self.start:
-            fail(f"{self.log_path} ends after {len(lines)} steps, {self.checkpoint} after "
-                 f"{self.start}: start a new run with --init={self.checkpoint}")
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+            fail(f"{path} does not fit this run: {str(e).splitlines()[-1].strip()}")
+        self.start, self.seconds = state["step"], state["seconds"]
         return lines
 
-    def __exit__(self, kind, error, trace):
-        self.precision.__exit__(None, None, None)
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        self.log.close()
+    def __enter__(self):
+        self.lines = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+        self.bar = tqdm(total=self.c.steps, initial=self.start, unit="step", disable=None,
+                        dynamic_ncols=True)
+        self.handlers = {s: signal.signal(s, lambda number, _: self.caught.append(number))
+                         for s in (signal.SIGINT, signal.SIGTERM)}
+        self.began = time.perf_counter() - self.seconds
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.bar.close()
-        if isinstance(error, RuntimeError) and machine.lost_a_process(error):
-            print("error: another process of this run has ended; the last checkpoint stands: "
-                  "go on with --resume", file=sys.stderr)
-            raise SystemExit(1) from None
-        if error is None and WORLD > 1:
-            dist.barrier()                          # the checkpoint is written
+        self.lines.close()
 
-    def __iter__(self):
-        for i in range(self.start, self.c.steps):
-            self.began = time.perf_counter()
-            for group in self.groups():
-                group["lr"] = group["base"] * self.rate(self.c, i)
-            yield i
-            self.agree_on_signals()
-            last = self.done == self.c.steps or self.finished or self.caught
-            if last or self.done % self.c.save_every == 0:
-                self.write_checkpoint()
-            if self.caught:
-                self.go_away()
-            if self.look and self.look[0] == self.done and RANK == 0:
-                self.look[1]()
-            if self.finished:
-                return
-
-    def update(self, numbers):
-        """The optimisers' step on the gradients that are there, and its line of the log."""
+    def log(self, step: int, numbers: dict):
+        """Writes a step's line of the log. Ends the run with a line where a number is not
+        finite."""
         if not all(math.isfinite(v) for v in numbers.values()):
-            self.refuse(numbers)
-        self.move()
-        self.seconds += time.perf_counter() - self.began
-        line = {"step": self.done, **numbers, "seconds": round(self.seconds, 3)}
-        self.log.write(json.dumps(line) + "\n")
+            self.refuse(step)
+        self.seconds = time.perf_counter() - self.began
+        line = {"step": step, **numbers, "seconds": round(self.seconds, 3)}
+        self.lines.write(json.dumps(line) + "\n")
         shown = {k: f"{v:.3f}" for k, v in numbers.items() if k != "tokens"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        self.done += 1
 
-    def move(self):
-        for opt in self.opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-
-    def finish(self):
-        """Ends the loop after this step, as if c.steps had been taken."""
-        self.finished = True
-
-    # --------------------------------------------------------------------------------- details
-
-    def groups(self):
-        return [group for opt in self.opts for group in opt.param_groups]
-
-    def catch(self, number, _):
-        self.caught.append(number)
-        signal.signal(number, signal.SIG_DFL)       # a second one ends at once
-
-    def write_checkpoint(self):
+    def save(self, step: int):
+        """Writes a checkpoint after this step if it is time for one; ends the run after a
+        signal."""
+        done = step + 1
+        if done < self.c.steps and done % self.c.save_every and not self.caught:
+            return
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.refuse("a weight")
-        if RANK == 0:
-            self.log.flush()
-            save(self.checkpoint, model=self.model.state(), step=self.done, init=self.init,
-                 optimisers=[opt.state_dict() for opt in self.opts],
-                 seconds=self.seconds, config=asdict(self.c),
-                 extra=None if self.extra is None else self.extra.state_dict())
-
-    def agree_on_signals(self):
-        """All processes of a torchrun stop after the same step."""
-        if WORLD > 1:
-            number = torch.tensor(max(self.caught, default=0), device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.caught = [int(number)] * bool(number)
-
-    def go_away(self):
-        if RANK == 0:
+            self.refuse(step)
+        self.lines.flush()
+        save(self.out / "ckpt.pt", model=self.model.state(), step=done, seconds=self.seconds,
+             optimisers=[opt.state_dict() for opt in self.opts], config=asdict(self.c),
+             extra=None if self.extra is None else self.extra.state_dict())
+        if self.caught and done < self.c.steps:
             print(f"\nstopped; go on with: python {self.c.script} --out={self.c.out} --resume",
                   file=sys.stderr)
-        raise SystemExit(128 + self.caught[0])
+            raise SystemExit(128 + self.caught[0])
 
-    def refuse(self, what):
-        line = f"error: step {self.done}: {what} is not finite; try a smaller --lr"
-        if self.checkpoint.exists():
-            line += f", with --resume: the last checkpoint, {self.checkpoint}, is good"
-        print(line, file=sys.stderr)
+    def refuse(self, step: int):
+        print(f"error: step {step}: a number is not finite; try a smaller --lr (with --resume, if "
+              f"there is a checkpoint: the last one is good)", file=sys.stderr)
         raise SystemExit(1)

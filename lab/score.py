@@ -1,72 +1,61 @@
 """Held-out questions, a model's answers to them, and what they are worth: exact match, Pass@k
-(Eq. 22), mG-Pass@k (Eq. 23)."""
+(Eq. 22), mG-Pass@k (Eq. 23), and the lines that a share of right answers must be held against."""
 import math
 import random
+from collections import Counter
 
 import torch
 
 from data import arithmetic, text
 
-# Every cell of the evaluation: {domain: operand counts}.
-CELLS = {d: (*arithmetic.TRAINED.get(d, ()), *arithmetic.OOD[d]) for d in arithmetic.OOD}
 
-
-def held_out(domain, operands, n, part=None, seed=0):
-    """n questions of a cell, distinct where it has so many: the same for every model. part: 'val',
-    'test' or 'ood'; default test, or ood where that applies."""
-    trained = operands in arithmetic.TRAINED.get(domain, ())
-    part = part or ("test" if trained else "ood")
+def held_out(domain: str, operands: int, n: int, part: str = "test", seed: int = 0) -> list:
+    """Draws n held-out Questions of a cell, distinct where it has so many: the same for every
+    model. part: 'val' or 'test'."""
     rng, questions = random.Random(f"{seed}/{domain}/{operands}/{part}"), {}
     for _ in range(20 * n):
         q = arithmetic.draw(rng, domain, operands, part)
-        questions.setdefault(arithmetic.canonical(q), q)
+        questions.setdefault(arithmetic.canonical(q.text), q)
         if len(questions) == n:
             break
     return list(questions.values())
 
-def respond(model, questions, mode="trajectory", max_new=96, **sampling):
-    """Model output for Questions -> list of (trajectory text, answer text). mode: 'trajectory'
-    thinks first, 'direct' does not."""
-    thinks = mode == "trajectory"
-    prompts = [text.prompt(q.text, None if thinks else "") for q in questions]
-    rows = model.generate(prompts, text.EOS, max_new if thinks else 6, pad=text.PAD, **sampling)
-    out = []
-    for row in rows:
-        trajectory, answer = ([], row) if not thinks else (row, [])
-        if thinks and text.END_THINK in row:
-            end = row.index(text.END_THINK)
-            trajectory, answer = row[:end], row[end + 1:]
-        out.append((text.decode(trajectory), text.decode(answer)))
+def respond(model, questions, mode="trajectory", size=400, **sampling) -> list:
+    """Asks a model Questions -> list of (trajectory text, answer text). mode: 'trajectory' thinks
+    first, 'direct' does not."""
+    thinks, out = mode == "trajectory", []
+    for i in range(0, len(questions), size):
+        part = questions[i:i + size]
+        prompts = [text.prompt(q.text, None if thinks else "") for q in part]
+        room = max(arithmetic.room(q.operands) for q in part) if thinks else 1
+        rows = model.generate(prompts, text.EOS, room, **sampling)
+        for row in rows:
+            t, mark, answer = text.decode(row).partition("</think>")
+            out.append((t, answer) if thinks else ("", t))
     return out
 
-def right(model, questions, mode="trajectory"):
-    """Greedy answers of a model -> a bool a question."""
+def right(model, questions, mode="trajectory") -> list:
+    """Tells which greedy answers of a model are right -> a bool per question."""
     answers = respond(model, questions, mode)
     return [arithmetic.verify(q, a) for q, (_, a) in zip(questions, answers)]
 
-def sampled(model, questions, n, mode="trajectory", seed=0, size=1024):
-    """n outputs a question, sampled at temperature 1 -> [(how many are right, how many give a plain
-    number as answer)]."""
-    generator = torch.Generator(model.head.weight.device).manual_seed(seed)
+def sampled(model, questions, n, seed=0) -> list:
+    """Counts the right ones among n outputs per question, sampled at temperature 1."""
+    generator = torch.Generator(model.device).manual_seed(seed)
     asked = [q for q in questions for _ in range(n)]
-    verdicts = []
-    for i in range(0, len(asked), size):
-        part = asked[i:i + size]
-        outputs = respond(model, part, mode, temperature=1.0, generator=generator)
-        verdicts += [(arithmetic.verify(q, a), arithmetic.number(a) is not None)
-                     for q, (_, a) in zip(part, outputs)]
-    groups = [verdicts[i:i + n] for i in range(0, len(verdicts), n)]
-    return [tuple(map(sum, zip(*group))) for group in groups]
+    outputs = respond(model, asked, temperature=1.0, generator=generator)
+    verdicts = [arithmetic.verify(q, a) for q, (_, a) in zip(asked, outputs)]
+    return [sum(verdicts[i:i + n]) for i in range(0, len(verdicts), n)]
 
 
 # --------------------------------------------------------------------------------------- metrics
 
-def pass_at_k(n, c, k):
-    """Pass@k (Eq. 22; 2107.03374): unbiased estimate, from c right among n samples, that one of k
-    is right."""
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Pass@k (Eq. 22; 2107.03374): estimates without bias, from c right among n samples, the chance
+    that one of k is right."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
-def mg_pass_at_k(n, c, k):
+def mg_pass_at_k(n: int, c: int, k: int) -> float:
     """mG-Pass@k (Eq. 23; 2412.13147): (2/k) sum over i > k/2 of the chance that at least i of k
     samples are right: right, and reliably so."""
     def at_least(i):
@@ -74,37 +63,48 @@ def mg_pass_at_k(n, c, k):
         return sum(ways) / math.comb(n, k)
     return 2 / k * sum(at_least(i) for i in range(math.ceil(k / 2) + 1, k + 1))
 
-def exact_match(model, cells, n, seed=0, size=400):
-    """{domain: {operands: {mode: share right}}} over n held-out questions a cell, and a few
-    mistakes as text."""
-    questions = [q for d, ks in cells.items() for k in ks for q in held_out(d, k, n, seed=seed)]
-    verdicts, mistakes = {}, []
+def commonest(questions: list) -> float:
+    """Says what share is right for somebody who always gives the most frequent answer."""
+    return max(Counter(q.answer for q in questions).values()) / len(questions)
+
+def shallow(questions: list, n: int = 5_000, seed: int = 0) -> list:
+    """Answers as a shallow reader of `expr` does, who sees the last operation and the digits beside
+    it, not what stands in brackets, and guesses best -> a bool per question.
+
+    What is best is counted on n other questions of the same sizes."""
+    def seen(q):
+        op, *sides = arithmetic.root(q)
+        return op, *(side if len(side) == 1 else "?" for side in sides)
+    rng, counts = random.Random(seed), {}
+    for _ in range(n):
+        q = arithmetic.draw(rng, "expr", rng.choice(questions).operands)
+        counts.setdefault(seen(q), Counter())[q.answer] += 1
+    best = {what: count.most_common(1)[0][0] for what, count in counts.items()}
+    return [best.get(seen(q)) == q.answer for q in questions]
+
+def exact_match(model, cells: dict, n: int, part: str = "test"):
+    """Asks n held-out questions per cell -> ({domain: {operands: {mode: share right}}}, a few
+    mistakes as text)."""
+    questions = [q for d, ks in cells.items() for k in ks for q in held_out(d, k, n, part)]
+    table, mistakes = {}, []
     for mode in ("trajectory", "direct"):
-        for i in range(0, len(questions), size):
-            part = questions[i:i + size]
-            for q, (t, a) in zip(part, respond(model, part, mode)):
-                ok = arithmetic.verify(q, a)
-                cell = verdicts.setdefault(q.domain, {}).setdefault(str(q.operands), {})
-                cell.setdefault(mode, []).append(ok)
-                if not ok and mode == "trajectory" and q.trained:
-                    says = a or "(no answer)"
-                    mistakes.append(f"{q.text} -> {t} -> {says}, but it is {q.answer}")
-    return averaged(verdicts), mistakes
+        cell = {}
+        for q, (t, a) in zip(questions, respond(model, questions, mode)):
+            ok = arithmetic.verify(q, a)
+            cell.setdefault((q.domain, str(q.operands)), []).append(ok)
+            if not ok and mode == "trajectory" and q.trained:
+                mistakes.append(f"{q.text} -> {t} -> {a or '(no answer)'}, but it is {q.answer}")
+        for (domain, k), verdicts in cell.items():
+            share = sum(verdicts) / len(verdicts)
+            table.setdefault(domain, {}).setdefault(k, {})[mode] = share
+    return table, mistakes
 
-def averaged(node):
-    """Nested dicts with every list at their ends replaced by its mean."""
-    if isinstance(node, dict):
-        return {key: averaged(child) for key, child in node.items()}
-    return sum(node) / len(node)
-
-def show_table(table):
-    """Exact match as text, a line a cell."""
+def show_table(table: dict) -> str:
+    """Writes exact match as text, one line per cell."""
     lines = [f"{'domain':8} {'operands':>8} {'trajectory':>11} {'direct':>8}"]
     for d, ks in table.items():
         for k, m in ks.items():
             trained = int(k) in arithmetic.TRAINED.get(d, ())
             note = "" if trained else "   never trained on"
-            if trained and int(k) == 2:             # held out as a question, not as a step
-                note = "   seen as a step of other questions"
             lines.append(f"{d:8} {k:>8} {m['trajectory']:>11.1%} {m['direct']:>8.1%}{note}")
     return "\n".join(lines)

@@ -4,15 +4,17 @@ A figure is drawn from an experiment's JSON and from nothing else, so a new labe
 
     python analyze.py curve --redraw
 """
+import os
 import textwrap
+
+os.environ.pop("MPLBACKEND", None)                  # a notebook's, which may not exist here
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lab.verdict import FRACTION
-
+matplotlib.rcdefaults()                             # whatever a matplotlibrc says
 matplotlib.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "figure.dpi": 150, "savefig.dpi": 150, "figure.constrained_layout.use": True,
@@ -42,13 +44,15 @@ def mosaic(layout, size, **options):
     fig = Figure(figsize=size)
     return fig, fig.subplot_mosaic(layout, **options)
 
-def band(ax, summary, colour, label=None, style="-", x=FRACTION):
-    """A mean curve with its interval, by default over the fraction of the trajectory read."""
-    ax.plot(x, summary["mean"], style, color=colour, label=label, ms=3)
-    ax.fill_between(x, summary["low"], summary["high"], color=colour, alpha=0.2, lw=0)
+def band(ax, x, summaries, colour, label=None, style="-"):
+    """A mean curve with its interval, summaries a [mean, low, high] per x."""
+    mean, low, high = np.transpose(summaries)
+    ax.plot(x, mean, style, color=colour, label=label, ms=3)
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
 
 def written_under(ax, tokens, values, colour, label=None):
-    """One trajectory: a value after every token, the tokens under the axis, a line a step."""
+    """One trajectory: a value after every token, the tokens under the axis, a line after
+    each state."""
     ax.plot(range(len(values)), values, "o-", color=colour, ms=2.5, lw=1, label=label)
     size = 7 if len(tokens) < 26 else 6
     ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=size, family="monospace")
@@ -70,15 +74,15 @@ def whiskers(ax, x, summaries, colour, **options):
     ax.errorbar(x, mean, [mean - low, high - mean], color=colour, **options)
 
 def boxes(ax, rows, least=1e-17):
-    """A horizontal box of numbers a row, {label: numbers}, on a logarithmic axis."""
+    """A horizontal box of numbers per row, {label: numbers}, on a logarithmic axis."""
     values = [np.maximum(v, least) for v in rows.values()]
     ax.boxplot(values, orientation="horizontal", tick_labels=list(rows), widths=0.6,
                flierprops={"markersize": 2})
     ax.set(xscale="log")
 
 def bars(ax, rows, **labels):
-    """A horizontal bar a row, {label: {"mean": [mean, low, high], "seeds": [a value a seed]}, or
-    None: not measured}."""
+    """A horizontal bar per row, {label: {"mean": [mean, low, high], "seeds": [a value per
+    seed]}, or None: not measured}."""
     for i, row in enumerate(rows.values()):
         if row is None:
             continue
@@ -103,7 +107,13 @@ def path_on(ax, sheet, sides, path, size=1.0):
 
 def scale(fig, shade, ax):
     """The colour bar of a shading of L_q."""
-    fig.colorbar(shade, ax=ax, label="$L_q$ (nats a token)", shrink=0.8, ticks=MaxNLocator(5))
+    fig.colorbar(shade, ax=ax, label="$L_q$ (nats)", shrink=0.8, ticks=MaxNLocator(5))
 
 def zero_line(ax):
     ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)
+
+def chance_line(ax):
+    """ln 10: the loss of a digit for somebody who knows nothing."""
+    ax.axhline(np.log(10), color="#999999", lw=0.8, ls=":", zorder=0)
+    ax.text(1, np.log(10), "ln 10", transform=ax.get_yaxis_transform(), va="bottom", ha="right",
+            fontsize=7, color="#777777")

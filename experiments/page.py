@@ -1,0 +1,82 @@
+"""Writes the results page from the JSON of a folder: a table of claims, then for each the verdict,
+picture, criterion and the intervals that decided. All other numbers stay in the JSON.
+
+    python -m experiments.page assets       # writes assets/README.md
+"""
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from experiments import spoken
+from lab.flags import fail
+from lab.run import write
+
+PARTS = ("experiment", "claim", "verdicts", "criterion", "numbers", "gaps", "checkpoints",
+         "command", "config", "revision", "seconds")
+
+
+def read(path) -> dict:
+    """Reads what an experiment left. ValueError if it is damaged."""
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not set(PARTS) <= set(result):
+        raise ValueError("it is not an experiment's JSON of this version")
+    return result
+
+def results(folder) -> dict:
+    """{name: what an experiment left}, in alphabetical order."""
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            found[path.stem] = read(path)
+        except ValueError as e:
+            print(f"note: {path} is left out: {e}", file=sys.stderr)
+    if not found:
+        fail(f"there is nothing in {folder} to report")
+    return found
+
+def page(folder, pictures: str = "") -> str:
+    """The page as text; pictures: where they lie, seen from it."""
+    found = results(folder)
+    rows = ["| figure | claim | verdict |", "|---|---|---|"]
+    for name, result in found.items():
+        verdicts = "<br>".join(spoken(result["verdicts"]))
+        rows.append(f"| [{name}](#{name}) | {result['claim']} | {verdicts} |")
+    parts = ["# Results", textwrap.fill(
+        "Written by `python -m experiments.page assets` from the JSON beside each figure. "
+        "Intervals are of 95 %: Wilson's for shares, a bootstrap over questions, and Student's "
+        "over seeds. Before one refutes, it is widened for the number of margins (Bonferroni).", 100),
+        "\n".join(rows), *(section(*row, pictures) for row in found.items())]
+    note = Path(folder) / "tried.md"
+    if note.exists():
+        parts += ["## tried", note.read_text(encoding="utf-8").strip()]
+    return "\n\n".join(parts) + "\n"
+
+def section(name: str, result: dict, pictures: str) -> str:
+    first, *others = result["gaps"]
+    head = ["margin, above 0 where the claim holds", "95 % interval", "other models"]
+    rows = []
+    for what, (mean, low, high) in first.items():
+        ends = ", ".join("none" if end is None else f"{end:.3g}" for end in (low, high))
+        means = ", ".join(f"{model[what][0]:.3g}" for model in others if what in model)
+        rows.append([what, f"{mean:.3g} [{ends}]", means])
+    columns = 3 if others else 2
+    table = "\n".join(f"| {' | '.join(row[:columns])} |" for row in [head, ["---"] * 3, *rows])
+    verdicts = "\n".join(f"- **{line}**" for line in spoken(result["verdicts"]))
+    parts = [f"## {name}", f"{result['claim']}.", verdicts, f"![{name}]({pictures}{name}.png)",
+             result["criterion"], table if rows else "", origin(name, result)]
+    return "\n\n".join(part for part in parts if part)
+
+def origin(name: str, result: dict) -> str:
+    """The command, the weights it looked at, the revision, the time."""
+    weights = [f"`{folder}` ({digits})" for folder, digits in result["checkpoints"].items()]
+    if result.get("seeds"):
+        weights.append(f"{result['seeds']} seeds per arm")
+    looked_at = [f"at most {result['config']['questions']} questions per cell", *weights]
+    line = (f"`{result['command']}`: {', '.join(looked_at)}; `{name}.json`, revision "
+            f"{result['revision']}, {result['seconds']} s.")
+    return textwrap.fill(line, 100, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) / "README.md", page(sys.argv[1]))
