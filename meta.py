@@ -44,20 +44,22 @@ class Meta:
     resume: bool = flag(False, "go on with the run in --out")
     overwrite: bool = flag(False, "replace the run in --out")
     seed: int = flag(0, "of data")
-    steps: int = flag(1000, "meta-steps", 1)
-    batch: int = flag(16, "trajectories per meta-step", 1)
-    queries: int = flag(4, "questions asked of every theta'", 2, 100)
+    steps: int = flag(2000, "meta-steps", 1)
+    batch: int = flag(12, "trajectories per meta-step", 1)
+    queries: int = flag(5, "questions asked of every theta'", 2, 100)
     operands: str = flag("4,5,6", "operand counts of the trajectories' questions")
     style: Literal["states", "steps"] = flag("states", "of the trajectories")
     fast: str = flag("*.up,*.down", "layers that the inner loop moves: BLOCK.qkv, out, up, down")
     K: int = flag(1, "inner steps", 1, 100)
     alpha: float = flag(1.0, "inner rate at the start; learned per layer and step", 1e-9)
     tau: float = flag(10.0, "temperature of the inner loss", 1e-9)
-    joint: float = flag(1.0, "weight of the in-context loss")
-    lr: float = flag(0.02, "of Muon, for the hidden matrices")
+    targets: Literal["own", "permuted", "constant", "random"] = flag(
+        "own", "what the inner loss asks for: the trajectory's own tokens, or nonsense")
+    update: Literal["gradient", "write"] = flag(
+        "gradient", "write: a learned matrix in place of the inner gradient")
+    lr: float = flag(0.03, "of Muon, for the hidden matrices")
     lr_adam: float = flag(0.005, "of AdamW, for the rest; inner rates: four times that")
     warmup: int = flag(20, "meta-steps of linear warm-up")
-    clip: float = flag(1.0, "largest norm of a meta-gradient", 1e-9)
     questions: int = flag(100, "held-out questions per cell of the evaluation", 1, 1e5)
     save_every: int = flag(100, "meta-steps between checkpoints", 1)
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
@@ -71,6 +73,11 @@ class Meta:
         return train.numbers(self.operands)
 
 
+DECAY = 0.6                         # last share of the meta-steps, the rate falling to 0
+CLIP = 1.0                          # largest norm of a meta-gradient
+LR_WRITE = 3e-5                     # of Adam, for the matrices of a write without a gradient
+
+
 # -------------------------------------------------------------------------- the inner loop (Eq. 4)
 
 class Inner(nn.Module):
@@ -80,18 +87,45 @@ class Inner(nn.Module):
     token that the model is sure of vanishes, and most tokens of a trajectory are such; a hot loss
     writes them down all the same."""
 
-    def __init__(self, names: list, K: int = 1, alpha: float = 1.0, tau: float = 1.0):
+    def __init__(self, model, names: list, K=1, alpha=1.0, tau=1.0, targets="own",
+                 update="gradient"):
         super().__init__()
-        self.names, self.K, self.tau = list(names), K, tau
+        self.names, self.K, self.tau, self.targets = list(names), K, tau, targets
         self.log_alpha = nn.Parameter(torch.full((len(self.names), K), math.log(alpha)))
+        self.matrices = None
+        if update == "write":
+            shapes = [model.get_parameter(linear_layers(model)[name]).shape for name in names]
+            self.matrices = nn.ParameterList(1e-4 * torch.randn(i, o) for o, i in shapes)
 
     def rate(self, name: str, k: int) -> torch.Tensor:
         return self.log_alpha[self.names.index(name), k].exp()
 
-    def loss(self, model, h, targets) -> torch.Tensor:
+    def loss(self, model, h, support: text.Batch) -> torch.Tensor:
         """L_support, summed over tokens, so that every token is an update of its own (Eq. 4) and a
         longer trajectory moves theta further."""
-        return model.score(h, targets, self.tau).sum()
+        return model.score(h, self.asked(support), self.tau).sum()
+
+    def asked(self, support: text.Batch) -> torch.Tensor:
+        """The targets of the inner loss. Nonsense in place of the trajectory's own tokens shows
+        whether it matters what the loss is a loss of."""
+        own, there = support.inner, support.inner >= 0
+        if self.targets == "permuted":
+            shuffled = random.Random(0).sample(range(text.VOCAB), text.VOCAB)
+            shuffled = torch.tensor(shuffled, device=own.device)
+            return torch.where(there, shuffled[own.clamp(min=0)], own)
+        if self.targets == "constant":
+            return own.masked_fill(there, text.END_THINK)
+        if self.targets == "random":                # the same digits for the same batch
+            generator = torch.Generator().manual_seed(int(support.ids.sum()))
+            digits = torch.randint(10, own.shape, generator=generator).to(own.device)
+            return torch.where(there, digits, own)
+        return own
+
+    def written(self, name: str, X: torch.Tensor, support: text.Batch) -> torch.Tensor:
+        """A write without a gradient: D = X B, B learned, at the tokens that the inner loss would
+        ask (a fast-weight layer as of 1991, 2102.11174)."""
+        D = X @ self.matrices[self.names.index(name)].to(X.dtype)
+        return D * (support.inner >= 0)[..., None]
 
 
 def theta_prime(model, inner: Inner, support: text.Batch) -> dict:
@@ -103,7 +137,7 @@ def theta_prime(model, inner: Inner, support: text.Batch) -> dict:
     params = {paths[name]: model.get_parameter(paths[name]) for name in inner.names}
     for k in range(inner.K):
         h = functional_call(model, params, (), support.inputs() | {"twice": True})
-        loss = inner.loss(model, h, support.inner)
+        loss = inner.loss(model, h, support)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         params = {path: weight - inner.rate(name, k) * grad
                   for name, (path, weight), grad in zip(inner.names, params.items(), grads)}
@@ -138,10 +172,15 @@ def adapt(model, inner: Inner, support: text.Batch, order: int = 2) -> Adapted:
             hook = recording(tape, inner.names, moved(inner, updates, len(support.ids)))
             h = model(**support.inputs(), hook=hook, twice=order == 2)
             at_theta = h if at_theta is None else at_theta
-            loss = inner.loss(model, h, support.inner)
-            outputs = [tape[name][1] for name in inner.names]
-            grads = torch.autograd.grad(loss, outputs, create_graph=order == 2, retain_graph=True)
-            update = {name: (tape[name][0], D) for name, D in zip(inner.names, grads)}
+            if inner.matrices is not None:
+                update = {name: (X, inner.written(name, X, support))
+                          for name, (X, _) in tape.items()}
+            else:
+                loss = inner.loss(model, h, support)
+                outputs = [tape[name][1] for name in inner.names]
+                grads = torch.autograd.grad(loss, outputs, create_graph=order == 2,
+                                            retain_graph=True)
+                update = {name: (tape[name][0], D) for name, D in zip(inner.names, grads)}
             if order == 1:
                 update = {name: (X.detach(), D.detach()) for name, (X, D) in update.items()}
             updates.append(update)
@@ -194,15 +233,18 @@ def meta_loss(model, inner: Inner, batch: list, algo: str = "maml", joint: float
     L_q(theta') + joint * L(theta). The second term is SFT's own loss on the support's rows, which
     the inner loop has run already: it keeps theta able to think."""
     support = tasks.support(batch, model.device)
-    ids, targets = tasks.query(batch, model.device)
+    query = tasks.query(batch, model.device)
     if algo == "none":
         at_theta, hook = model(**support.inputs()), None
     else:
         adapted = adapt(model, inner, support, order=1 if algo == "fomaml" else 2)
         at_theta, hook = adapted.at_theta, adapted.hook
-    L_q = model.score(model(ids, hook=hook), targets).sum() / (targets >= 0).sum()
+    losses = model.score(model(**query.inputs(), hook=hook), query.targets)
+    L_q = losses.sum() / (query.targets >= 0).sum()
+    answers = (query.ids == text.END_THINK) & ~query.aside
     L = train.sft_loss(model.score(at_theta, support.targets), (support.targets >= 0).sum())
-    return L_q + joint * L, {"L_q": float(L_q.detach()), "joint": float(L.detach())}
+    numbers = {"L_q": losses[answers].mean(), "joint": L}
+    return L_q + joint * L, {name: float(loss.detach()) for name, loss in numbers.items()}
 
 def meta(c: Meta, given: dict) -> dict:
     """Meta-trains, evaluates, writes c.out -> summary."""
@@ -211,17 +253,19 @@ def meta(c: Meta, given: dict) -> dict:
     model, inner = start(c, device)
     opts = train.optimisers(model, c)
     if c.algo != "none":
-        opts.append(torch.optim.Adam(inner.parameters(), 4 * c.lr_adam))
+        opts.append(torch.optim.Adam([inner.log_alpha], 4 * c.lr_adam))
+    if c.update == "write":
+        opts.append(torch.optim.Adam(inner.matrices.parameters(), LR_WRITE))
     before, _ = score.exact_match(model, {"expr": (3, 4, 5, 6)}, c.questions)
     everything = [*model.parameters(), *inner.parameters()]
     with Run(c, model, opts, inner) as run:
         model.dtype = precision_of(c, device)
         for step in range(run.start, c.steps):
             batch = tasks.tasks_at(step, c)
-            loss, numbers = meta_loss(model, inner, batch, c.algo, c.joint)
+            loss, numbers = meta_loss(model, inner, batch, c.algo)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(everything, c.clip)
-            move(opts, lr_at(c, step))
+            norm = torch.nn.utils.clip_grad_norm_(everything, CLIP)
+            move(opts, lr_at(c, step, DECAY))
             tokens = sum(len(task.solved.text) + sum(map(len, task.steps)) for task in batch)
             run.log(step, numbers | {"norm": float(norm), "tokens": tokens})
             run.save(step)
@@ -245,9 +289,13 @@ def start(c: Meta, device):
     model, _ = train.load_model(path, device)
     torch.manual_seed(c.seed)
     try:
-        return model, Inner(fast_layers(model, c.fast, c.algo), c.K, c.alpha, c.tau).to(device)
+        return model, inner_of(model, c)
     except ValueError as e:
         fail(e)
+
+def inner_of(model, c: Meta) -> Inner:
+    names = fast_layers(model, c.fast, c.algo)
+    return Inner(model, names, c.K, c.alpha, c.tau, c.targets, c.update).to(model.device)
 
 def load_meta(path, device="cpu"):
     """Loads a checkpoint of `meta` -> (model, inner, its config). Exits 2 with a line if it is
@@ -257,7 +305,7 @@ def load_meta(path, device="cpu"):
         fail(f"{path} is a checkpoint, but not one of meta.py")
     c = from_file(Meta, state["config"], path)
     try:
-        inner = Inner(fast_layers(model, c.fast, c.algo), c.K, c.alpha, c.tau).to(device)
+        inner = inner_of(model, c)
         inner.load_state_dict(state["extra"])
     except (ValueError, RuntimeError) as e:
         fail(f"{path} does not fit itself: {str(e).splitlines()[-1].strip()}")
@@ -282,7 +330,10 @@ def trial(q, others: list, kind: str, style: str, rng: random.Random):
         asked = q if kind == "whole" else arithmetic.beyond(q, rng)
         return Task(q, steps, [asked])
     if kind in ("unrelated", "other"):
-        other = rng.choice([o for o in others if o.answer != q.answer])
+        unlike = [o for o in others if o.answer != q.answer]
+        if not unlike:
+            return None
+        other = rng.choice(unlike)
         if kind == "unrelated":
             return Task(q, steps[:-1], [other], False)
         return Task(other, arithmetic.steps(other, rng, style)[0], [q])

@@ -292,13 +292,13 @@ def configure(c: Train, given: dict) -> Train:
         fail("--support counts trajectories of the questions in a --pool: give its size")
     if not c.init and c.width % c.heads:
         fail(f"--width={c.width} must be a multiple of --heads={c.heads}")
-    lists = {"domains": arithmetic.TRAINED, "style": arithmetic.STYLES,
-             "operands": ("", *"23456")}
+    lists = {"domains": arithmetic.TRAINED, "style": arithmetic.STYLES, "operands": "23456"}
     for name, allowed in lists.items():
         for word in getattr(c, name).split(","):
-            if word not in allowed:
-                fail(f"--{name}={getattr(c, name)}: {word!r} is not one of "
-                     f"{', '.join(filter(None, allowed))}")
+            if getattr(c, name) and word not in tuple(allowed):
+                fail(f"--{name}={getattr(c, name)}: {word!r} is not one of {', '.join(allowed)}")
+    if c.direct == 1:
+        fail("--direct=1: a question has two operands or more")
     if not c.ops or not set(c.ops) <= set("+-*"):
         fail(f"--ops={c.ops}: some of +-* are expected")
     return c

@@ -228,6 +228,19 @@ def root(q: Question):
     op, left, right = tree(q.text)
     return op, show(left), show(right)
 
+def brackets(text: str) -> dict:
+    """Calculates every bracket of a question that is no held-out question itself -> {position of
+    its `)`: its value as text}."""
+    opened, values = [], {}
+    for i, c in enumerate(text):
+        if c == "(":
+            opened.append(i)
+        if c == ")":
+            inside = text[opened.pop() + 1:i]
+            if split(inside) == "train":
+                values[i] = str(value(tree(inside)))
+    return values
+
 def part(q: Question):
     """Leaves out the last operation: `((3+5)*2)-7` -> `(3+5)*2`, 3-5+2 -> 3-5. None where that
     leaves no question, or, as in `(3+5)*(2+4)`, two of them."""
@@ -314,9 +327,9 @@ def steps(q: Question, rng: random.Random, style: str = "states", wrong_at: int 
 
 def room(n: int) -> int:
     """Counts the tokens of the longest output to a question of n operands: every state with a slip,
-    the delimiter, the answer, the end."""
+    the delimiter, the answer, the end. For two operands the style `steps` is longer."""
     longest = [1] + [4 * k - 5 for k in range(2, n)]        # `expr` has the most brackets
-    return 2 * sum(length + 1 for length in longest) + 3
+    return max(2 * sum(length + 1 for length in longest), len("3+5=8")) + 3
 
 def trajectory(q: Question, rng: random.Random, style: str = "states") -> str:
     """Draws a correct trajectory as one text."""

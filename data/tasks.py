@@ -11,7 +11,7 @@ from typing import NamedTuple
 from data import arithmetic, text
 
 # Shares of the tasks: relatives of the question, an operation beyond it; the rest asks itself.
-RELATIVES, BEYOND = 0.5, 0.25
+RELATIVES, BEYOND = 0.6, 0.3
 
 
 class Task(NamedTuple):
@@ -33,16 +33,16 @@ def task_at(rng: random.Random, c) -> Task:
     No held-out question stands in it, neither as a state nor as a query."""
     while True:
         q, steps = arithmetic.lesson(rng, "expr", rng.choice(c.counts), c.style)
-        kind, whole = rng.random(), False
+        kind, whole, asked = rng.random(), False, [q]
         if kind < RELATIVES:
             steps = steps[:-1]
-            asked = list(arithmetic.relatives(q).values())
-            asked = rng.sample(asked, min(len(asked), c.queries - 1))
+            asked += arithmetic.relatives(q).values()
         elif kind < RELATIVES + BEYOND:
-            asked, whole = [arithmetic.beyond(q, rng) for _ in range(c.queries - 1)], True
+            asked, whole = [arithmetic.beyond(q, rng) for _ in range(c.queries)], True
         else:
             shown = rng.randint(1, len(steps))
-            steps, whole, asked = steps[:shown], shown == len(steps), [q]
+            steps, whole = steps[:shown], shown == len(steps)
+        asked = rng.sample(asked, min(len(asked), c.queries - 1))
         while len(asked) < c.queries:
             asked.append(arithmetic.draw(rng, "expr", rng.randint(2, 6)))
         if steps and not arithmetic.leaks(*(q.text for q in asked)):
@@ -54,9 +54,8 @@ def support(tasks: list, device="cpu") -> text.Batch:
     return text.batch([text.row(t.solved.text, t.steps, t.solved.answer, whole=t.whole)
                        for t in tasks], device)
 
-def query(tasks: list, device="cpu"):
-    """Writes the query set: `<bos> q <think></think>` of every query, the tasks' one after the
-    other -> ids (G * Q, T), targets (G * Q, T): the answer."""
-    asked = [q for task in tasks for q in task.queries]
-    prompts = [text.prompt(q.text, "") for q in asked]
-    return text.shifted(prompts, [text.encode(q.answer) for q in asked], device)
+def query(tasks: list, device="cpu") -> text.Batch:
+    """Writes the query set: `<bos> q <think></think> a <eos>` of every query, the tasks' one after
+    the other (G * Q, T). Asides ask for the value of every bracket as well."""
+    return text.batch([text.row(q.text, [], q.answer, brackets=True)
+                       for task in tasks for q in task.queries], device)

@@ -68,17 +68,22 @@ class Row(NamedTuple):
     aside: list                     # is this token an aside?
 
 
-def row(question: str, steps: list, answer: str, asides: bool = True, whole: bool = True) -> Row:
+def row(question: str, steps: list, answer: str, asides: bool = True, whole: bool = True,
+        brackets: bool = False) -> Row:
     """Writes a question, the steps of its trajectory (none: it is answered directly) and its answer
     as a training row.
 
     asides=False asks at the end only. whole=False: the trajectory was cut, so that where it ends is
-    not to be learned."""
+    not to be learned. brackets=True asks, after every bracket of the question, for its value."""
     head, t, digit = prompt(question), encode(";".join(steps)), encode(answer)[0]
     trunk = [*head, *t, END_THINK, digit, EOS]
     think, last = len(head) - 1, len(head) + len(t) - 1     # where <think> and t's last token stand
-    ends = {think} | {i for i in range(think, last) if trunk[i + 1] == SEPARATOR}
-    asked = ends if asides and steps else ()
+    asked = {}                                              # {position: the digit asked there}
+    if asides and steps:
+        ends = [i for i in range(think, last) if trunk[i + 1] == SEPARATOR]
+        asked = dict.fromkeys([think, *ends], digit)
+    if brackets:                                            # <bos> shifts the question by one
+        asked |= {i + 1: encode(value)[0] for i, value in arithmetic.brackets(question).items()}
 
     row, state = Row([], [], [], [], [], []), 0
     for i, token in enumerate(trunk[:-1]):
@@ -91,7 +96,7 @@ def row(question: str, steps: list, answer: str, asides: bool = True, whole: boo
         inner = following if inside else IGNORE
         entries = [(token, trunk[i - 1] if i else PAD, target, inner, state, False)]
         if i in asked:
-            entries.append((END_THINK, token, digit, IGNORE, state, True))
+            entries.append((END_THINK, token, asked[i], IGNORE, state, True))
         for entry in entries:
             for column, value in zip(row, entry):
                 column.append(value)

@@ -60,7 +60,7 @@ class Raw(NamedTuple):
 def measure(c, runs):
     model, inner, config = runs.meta()
     largest, table, lines = max(config.counts), {}, {}
-    for n in (*config.counts, largest + 1):
+    for n in (largest, largest + 1):
         questions = held_out("expr", n, c.questions)
         lines[n] = {"commonest": commonest(questions),
                     "shallow": float(np.mean(shallow(questions)))}
@@ -68,7 +68,7 @@ def measure(c, runs):
         for kind in LABELS:
             row, _ = outcomes(model, inner, questions, kind, config.style, c.seed)
             table[n][kind] = {where: np.array(ok) for where, ok in row.items()}
-    questions = held_out("expr", largest, c.questions)
+    questions = held_out("expr", largest, c.questions // 2)
     rng = random.Random(f"{c.seed}/explicit")
     return Raw(table, lines, both_curves(model, inner, questions, config.style, rng),
                *along_the_step(model, inner, questions, config.style, rng))
@@ -128,7 +128,7 @@ def scaled(updates, s):
 
 def judge(raw):
     sizes = list(raw.table)
-    largest = raw.table[sizes[-2]]
+    largest = raw.table[sizes[0]]
     def gap(kind, a, b, bonus=0.0):
         return largest[kind][a].astype(float) - largest[kind][b] + bonus
     elsewhere = np.mean(largest["other"]["theta_prime"])
@@ -151,7 +151,7 @@ def judge(raw):
         verdicts[part], gaps[part] = decide(row)
     verdicts["two curves coincide"], gaps["two curves coincide"], found = coincide(raw.curves)
     return verdicts, found | {
-        "gaps": gaps, "largest": sizes[-2], "lines": raw.lines,
+        "gaps": gaps, "largest": sizes[0], "lines": raw.lines,
         "table": {n: {kind: {where: interval(ok) for where, ok in row.items()}
                       for kind, row in kinds.items()} for n, kinds in raw.table.items()},
         "curves": {name: [interval(column) for column in y.T] for name, y in raw.curves.items()},

@@ -85,10 +85,12 @@ def revision() -> str:
     except OSError:
         return "unknown"
 
-def read_log(folder) -> list:
-    """Reads a run's log -> a dict per step. Exits 2 with a line where it is damaged."""
+def read_log(folder, steps: int = None) -> list:
+    """Reads a run's log, or its first steps -> a dict per step. Exits 2 with a line where it is
+    damaged."""
     path, rows = Path(folder) / "metrics.jsonl", []
-    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for i, line in enumerate(lines[:steps]):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -189,9 +191,10 @@ def command(main):
 
 # ---------------------------------------------------------------------------- around the loop
 
-def lr_at(c, step: int) -> float:
-    """The learning rates' share at a step: a linear warm-up, then linearly down to 0."""
-    return min((step + 1) / max(1, c.warmup), (c.steps - step) / c.steps, 1)
+def lr_at(c, step: int, decay: float = 1.0) -> float:
+    """The learning rates' share at a step: a linear warm-up, then level, then linearly down to 0
+    over the last `decay` of all steps."""
+    return min((step + 1) / max(1, c.warmup), (c.steps - step) / (decay * c.steps), 1)
 
 def move(opts: list, share: float):
     """Takes a step of every optimiser at this share of its rate, and clears the gradients."""
@@ -224,7 +227,7 @@ class Run:
         """Takes up the state of the last checkpoint -> the lines of the log up to it."""
         path = self.out / "ckpt.pt"
         state = load(path, self.model.device)
-        lines = read_log(self.out)[:state["step"]]
+        lines = read_log(self.out, state["step"])   # a crash may have torn what follows
         if len(lines) < state["step"]:
             fail(f"{self.out / 'metrics.jsonl'} ends before step {state['step']} of the checkpoint")
         try:
@@ -233,9 +236,9 @@ class Run:
                 opt.load_state_dict(old)
             if self.extra is not None:
                 self.extra.load_state_dict(state["extra"])
+            self.start, self.seconds = state["step"], state["seconds"]
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
             fail(f"{path} does not fit this run: {str(e).splitlines()[-1].strip()}")
-        self.start, self.seconds = state["step"], state["seconds"]
         return lines
 
     def __enter__(self):

@@ -1,51 +1,92 @@
-"""What several test files share."""
-import subprocess
+"""What several test files share: a tiny model, tiny runs in this process, refusals."""
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import meta
+import train
+from data import text
+from lab.flags import flags
+from lab.run import load, read_log
+from model import Config, Model
+
+SMALL = ["--questions=2", "--threads=1", "--device=cpu", "--dtype=float32", "--save_every=2"]
+RL = ["--steps=6", "--batch=8", "--group=4", *SMALL]
+# Runs of every kind, each in a fraction of a second.
+KINDS = {
+    "sft": ["--steps=24", "--layers=2", "--heads=2", "--width=16", "--batch=8", *SMALL],
+    "grpo": ["--method=grpo", "--update=3", *RL], "dpo": ["--method=dpo", *RL],
+    "meta": ["--steps=12", "--batch=3", "--K=2", *SMALL]}
 
 
-# ------------------------------------------------------- the attack, beside the other tests
+def a_run(kind, out, *args):
+    """Runs one of KINDS into a folder, or resumes it with --resume -> summary."""
+    words = [f"--out={out}", *args, *([] if "--resume" in args else KINDS[kind])]
+    if kind == "meta":
+        return meta.meta(*flags(meta.Meta, words))
+    return train.train(*flags(train.Train, words))
 
-def pytest_collection_finish(session):
-    """robust.py takes the second core while the other tests run; test_robust.py waits for it."""
-    asked = any(item.path.name == "test_robust.py" for item in session.items)
-    if asked and not session.config.option.collectonly:
-        command = [sys.executable, ROOT / "tests" / "robust.py"]
-        session.config.attack = subprocess.Popen(command, stdout=subprocess.PIPE,
-                                                 stderr=subprocess.PIPE, text=True)
+def odd(q, output):
+    """A reward that an untrained model gets sometimes, and sometimes not."""
+    return float(len(output) % 2)
 
-def pytest_unconfigure(config):
-    attack = getattr(config, "attack", None)
-    if attack and attack.poll() is None:
-        attack.kill()
+def product(folder):
+    """What of a run may not depend on how often it was stopped."""
+    state, log = load(Path(folder) / "ckpt.pt"), read_log(folder)
+    for line in log:
+        del line["seconds"]
+    return {**{name: state[name] for name in ("step", "model", "optimisers", "extra")}, "log": log}
 
+def close(a, b, tolerance=1e-10):
+    """Asserts that numbers, arrays or tensors are equal to rounding."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
-# ------------------------------------------------------------------------------------- fixtures
+def logp_at_end(model, ids, weights={}):
+    """The log-probabilities of what follows a plain row of ids (V,), some weights given."""
+    h = functional_call(model, weights, (torch.tensor([ids]),), {"twice": True})
+    return model.logits(h[0, -1]).log_softmax(-1)
+
+def slow_nll(model, row, weights={}):
+    """-log p of every target of a Row, each from a plain row that ends there: no mask, no asides
+    -> [tensor]."""
+    trunk, losses = [], []
+    for token, target, aside in zip(row.ids, row.targets, row.aside):
+        before, trunk = trunk, trunk if aside else [*trunk, token]
+        if target >= 0:
+            losses.append(-logp_at_end(model, [*before, token], weights)[target])
+    return losses
+
+def same(a, b):
+    """Asserts that nested numbers and tensors are equal, bit for bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tensors here are so small that a second thread only costs."""
     torch.set_num_threads(1)
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a run of train.py that nothing stopped."""
+    out = tmp_path_factory.mktemp("base") / "sft"
+    a_run("sft", out)
+    return out
 
 @pytest.fixture
 def tiny():
     """A float64 model whose weights matter everywhere: a fresh one's output projections are 0."""
-    from data import text
-    from model import Config, Model
     torch.manual_seed(0)
     model = Model(Config(text.VOCAB, layers=3, heads=2, width=16)).double()
     for block in model.blocks:
         torch.nn.init.normal_(block.out.weight, std=0.2)
         torch.nn.init.normal_(block.down.weight, std=0.2)
     return model
-
 
 @pytest.fixture
 def exits(capsys):
@@ -56,45 +97,6 @@ def exits(capsys):
         with pytest.raises(SystemExit) as e:
             f(*args)
         err = capsys.readouterr().err
-        assert e.value.code == 2
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        for word in words:
-            assert word in err
+        assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert all(word in err for word in words), err
     return call
-
-
-@pytest.fixture
-def refused(exits, monkeypatch, tmp_path):
-    """refused(module, args, words): a script's command line, in this process and in the test's
-    folder, ends with exit code 2 and one line that has the words, before anything is trained."""
-    from lab.run import Run, command
-
-    def began(run):
-        pytest.fail("training began")
-
-    def call(module, args, words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [module.__file__, *args])
-        monkeypatch.setattr(Run, "__iter__", began)
-        exits(words, command, module.main)
-    return call
-
-
-@pytest.fixture
-def start(tmp_path):
-    """start(script, *args): a script of the project in a process of its own. What still runs when
-    the test ends is killed."""
-    processes = []
-
-    def call(script, *args, **kw):
-        command = [sys.executable, ROOT / script, *args]
-        p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True, **kw)
-        processes.append(p)
-        return p
-
-    yield call
-    for p in processes:
-        with p:
-            p.kill()

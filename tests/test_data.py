@@ -1,370 +1,347 @@
-"""Questions, trajectories, splits, encoding, batches, and tasks as tensors."""
+"""Questions, trajectories, splits, rows; and no held-out question in any row that a loss sees."""
 import itertools
 import random
+import time
 
 import pytest
 import torch
 
+import meta
+import train
 from data import arithmetic, tasks, text
-from data.arithmetic import parse
-from lab.score import CELLS
+from data.arithmetic import TESTED, canonical, check, parse, split, tree
 
-ALL = [(domain, k) for domain, counts in CELLS.items() for k in counts]
+Q = parse("(3+5)*2-7")
+CELLS = [(domain, n) for domain, counts in TESTED.items() for n in counts]
+STEPWISE = ("states", "short", "reflect", "steps")
 
-
-def drawn(rng, domain, operands):
-    """A training question, or one of a size that training never sees."""
-    trained = operands in arithmetic.TRAINED.get(domain, ())
-    return arithmetic.draw(rng, domain, operands, "train" if trained else "ood")
+def drawn(rng, domain, n):
+    return arithmetic.draw(rng, domain, n, rng.choice(("train", "val", "test")))
 
 
-# ----------------------------------------------------------------------- questions, trajectories
+def written(rng, n):
+    """A random question in ordinary notation, brackets where they are needed and where not."""
+    if n == 1:
+        return rng.choice("0123456789")
+    k = rng.randint(1, n - 1)
+    both = f"{written(rng, k)}{rng.choice('+-*')}{written(rng, n - k)}"
+    return f"({both})" if rng.random() < 0.4 else both
 
-@pytest.mark.parametrize("domain,k", ALL)
-def test_every_trajectory_passes_its_checker(domain, k):
-    """Every step of every style is right, and the last one ends at the question's answer."""
-    rng = random.Random(k)
-    for _ in range(150):
-        q = drawn(rng, domain, k)
-        assert q.operands == k
-        assert parse(q.text).answer == q.answer
-        assert arithmetic.verify(q, q.answer)
-        for style in ("long", "short", "padded", "reflect"):
-            steps, implied = arithmetic.steps(q, rng, style)
-            assert implied == q.answer
-            assert steps[-1].replace(".", "").endswith(f"={q.answer}")
-            assert all(arithmetic.check(q, ";".join(steps))), (q.text, style, steps)
-            if style == "padded" and "." in ";".join(steps):
-                dotted, = (step for step in steps if "." in step)
-                left, _, result = dotted.partition("=")
-                assert sum(c in "+-*" for c in left) == 2 and result.startswith(".")
-            if style == "long":
-                assert len(steps) == k - 1
-
-
-@pytest.mark.parametrize("domain,k", ALL)
-def test_every_corrupted_trajectory_fails_from_its_wrong_step_on(domain, k):
-    """Steps before the wrong one pass, none after it does, and it ends at a wrong answer."""
-    rng, corrupted = random.Random(k), 0
-    for _ in range(150):
-        q, at = drawn(rng, domain, k), rng.randrange(k - 1)
-        found = arithmetic.corrupt(q, rng, at)
-        if found is None:
-            continue
-        corrupted += 1
-        steps, implied = found
-        verdicts = arithmetic.check(q, ";".join(steps))
-        assert all(verdicts[:at])
-        assert not any(verdicts[at:])
-        assert implied != q.answer
-        assert steps[-1].endswith(f"={implied}")
-    assert corrupted > 140
-
-
-@pytest.mark.parametrize("trajectory,verdicts", [
-    ("3+5=8;8*2=16;16-7=9", [True, True, True]), ("3+5=8;8*2=16", [True, False]),
-    ("(3+5)*2=16;16-7=9", [True, True]), ("8*2=16;16-7=9", [False, False]),
-    ("3+5=9;9*2=18;18-7=11", [False, False, False]), ("3+5=9W3+5=8;8*2=16;16-7=9", [True] * 3),
-    ("3+5=8W3+5=8;8*2=16", [False, False]), ("3+4=7W3+5=8;8*2=16", [False, False]),
-    ("3+5=08", [False]), ("3+5", [False]), ("((3+5)*2)-7=9....", [False]), ("", [])])
-def test_every_step_gets_the_verdict_that_it_deserves(trajectory, verdicts):
-    """Unfinished, out of turn, a wrong result and what follows it, slips that are none."""
-    assert arithmetic.check(parse("((3+5)*2)-7"), trajectory) == verdicts
-
-
-def test_answers_are_those_of_pythons_own_arithmetic():
-    """The answer against another reading of the question's text: eval, in a test only."""
-    rng = random.Random(1)
-    for domain, k in ALL:
-        for _ in range(50):
-            q = drawn(rng, domain, k)
-            formula = q.text.removesuffix("%97")
-            assert set(formula) <= set("0123456789+-*()")
-            value = eval(formula)
-            assert int(q.answer) == (value % 97 if domain == "modsum" else value)
-
-
-def test_expr_values_stay_within_two_digits():
-    rng = random.Random(2)
+def test_parsed_answers_are_pythons_modulo_10():
+    rng = random.Random(0)
     for _ in range(2000):
-        q = arithmetic.draw(rng, "expr", rng.choice((3, 4)))
-        for step in arithmetic.steps(q, rng)[0]:
-            assert 0 <= int(step.split("=")[1]) <= 99
-
-
-def test_sum_of_five_has_32_distinct_trajectories():
-    rng = random.Random(3)
-    for _ in range(30):
-        q = arithmetic.draw(rng, "sum", 5)
-        texts = [";".join(steps) for steps in arithmetic.distinct(q, rng, 32)]
-        assert len(set(texts)) == 32
-        for t in texts:
-            assert all(arithmetic.check(q, t))
-    with pytest.raises(ValueError, match="distinct"):
-        arithmetic.distinct(arithmetic.draw(rng, "sum", 2), rng, 2)
-
+        s = written(rng, rng.randint(2, 12))
+        q = parse("".join(c + " " * rng.randint(0, 1) for c in s))
+        assert q.answer == str(eval(s) % 10) == str(eval(q.text) % 10), s
+        assert parse(q.text) == q and q.operands == sum(c.isdigit() for c in s)
+    assert Q == ("expr", "((3+5)*2)-7", "9") and parse("3+5*2").text == "3+(5*2)"
+    assert [parse(s).domain for s in ("3+7+0", "9-1+2", "3-5")] == ["sum", "chain", "expr"]
 
 @pytest.mark.parametrize("bad,reason", [
-    ("", "empty"), ("  ", "empty"), ("3", "operands"), ("3+x", "'x'"), ("3++5", "position 3"),
-    ("(3+5", "not closed"), ("3+5)", "not understood"), ("3/5", "'/'"), ("²+3", "'²'"),
-    ("٣+1", "'٣'"), ("9999+1", "1 to 3 digits"), ("3-5", "negative"), ("99*99", "digits"),
-    ("2**3", "number"), ("3+5%96", "'%'"), ("3*5%97", "modulo"), ("%97", "number"),
-    ("1+" * 60 + "1", "99 characters"), ("(" * 5000, "99 characters"), ("(" * 90, "number"),
-    ("1+1+1+1+1+1+1+1+1", "8 operands")])
-def test_bad_questions_are_refused_with_a_reason(bad, reason):
+    ("", "empty"), (" \n", "empty"), ("3", "operands"), ("3+x", "'x'"), ("3++5", "position 3"),
+    ("(3+5", "not closed"), ("3+5)", "not understood"), ("1/0", "'/'"), ("²+3", "'²'"),
+    ("٣+1", "'٣'"), ("１+2", "'１'"), ("12+1", "two digits"), ("1 2 + 3", "without an operation"),
+    ("2**3", "digit is expected"), ("-3+5", "position 1"), ("1+" * 60 + "1", "99 characters"),
+    ("(" * 99, "digit is expected"), ("(" * 49 + "1" + ")" * 49, "operands"), ("🙂", "🙂"),
+    ("(" * 5000, "99 characters"), ("1+" * 12 + "1", "12 operands"), ("\udcff", "udcff"),
+    ("__import__('os')", "'_'"), ("()", "digit is expected"), ("3+5\n+x", "'x'")])
+def test_bad_questions_are_refused_in_one_line_with_a_reason(bad, reason):
     with pytest.raises(ValueError) as e:
         parse(bad)
-    assert reason in str(e.value)
+    assert reason in str(e.value) and "\n" not in str(e.value)
 
 
-def test_questions_in_ordinary_notation():
-    assert parse("(3+5)*2-7").text == "((3+5)*2)-7"
-    assert parse("3+5*2").text == "3+(5*2)"
-    assert parse(" 12 + 7+30 ").domain == "sum"
-    assert parse("45+88%97").answer == "36"
-    assert parse("90-12-5").domain == "diff"
+# (a inner b) outer c = a first (b second c).
+RULES = {("+", "+"): ("+", "+"), ("-", "+"): ("+", "-"), ("-", "-"): ("-", "+"),
+         ("+", "-"): ("-", "-"), ("*", "*"): ("*", "*")}
 
+def rewritten(rng, node):
+    """The same question in another order and grouping, by the rules of arithmetic."""
+    if isinstance(node, int):
+        return node
+    op, left, right = node[0], rewritten(rng, node[1]), rewritten(rng, node[2])
+    if op in "+*" and rng.random() < 0.5:
+        left, right = right, left
+    rule = None if isinstance(left, int) else RULES.get((op, left[0]))
+    if rule and rng.random() < 0.7:
+        return rule[0], left[1], (rule[1], left[2], right)
+    return op, left, right
 
-@pytest.mark.parametrize("bad", ["", "08", "-1", "1000", "9**9", "٣", "1 ", "1e2", "0x1", "nine",
-                                 "²"])
-def test_verifier_takes_plain_digits_only(bad):
-    assert arithmetic.number(bad) is None
+def fingerprint(s):
+    """The value of a question with large numbers in place of digits: another question's differs."""
+    big = {str(d): str(1_000_003 * (d + 1) ** 5 + 7919 * d) for d in range(10)}
+    return eval("".join(big.get(c, c) for c in s))
 
+def test_order_and_grouping_do_not_matter_to_a_split_and_values_do():
+    """One canonical form for every rewriting; one value, even of other numbers, for a form."""
+    rng, forms, changed = random.Random(0), {}, 0
+    for _ in range(3000):
+        q = drawn(rng, "expr", rng.choice((3, 3, 3, 4, 6)))
+        other = arithmetic.show(rewritten(rng, tree(q.text)))
+        changed += other != q.text
+        assert canonical(other) == canonical(q.text) and split(other) == split(q.text)
+        assert forms.setdefault(canonical(q.text), fingerprint(q.text)) == fingerprint(other)
+    assert changed > 1500 and len(forms) > 1000
+    assert canonical("3+(5-2)") == canonical("(5+3)-2") == "+3+5-2"
 
-# ---------------------------------------------------------------------------------------- splits
-
-def test_splits_are_disjoint_up_to_order_and_grouping():
-    """100,000 draws from three seeds: no canonical form stands in two splits."""
+def test_splits_are_disjoint_over_seeds_domains_and_sizes():
+    """And have the shares that they should; two operands are for everybody."""
     seen, rngs = {}, [random.Random(seed) for seed in (0, 1, 2)]
-    for i in range(100_000):
-        rng = rngs[i % 3]
-        domain = rng.choice(list(CELLS))
-        k, part = rng.choice(CELLS[domain]), "ood"
-        if k in arithmetic.TRAINED.get(domain, ()):
-            part = rng.choice(("train", "train", "val", "test"))
-        q = arithmetic.draw(rng, domain, k, part)
-        form = domain == "diff", arithmetic.canonical(q)
-        assert seen.setdefault(form, part) == part
-    assert set(seen.values()) == {"train", "val", "test", "ood"}
+    for i in range(4000):
+        (domain, n), part = rngs[i % 3].choice(CELLS), ("train", "val", "test")[i % 3]
+        q = arithmetic.draw(rngs[i % 3], domain, n, part)
+        assert seen.setdefault(canonical(q.text), part) == part
+    texts = [arithmetic.show(arithmetic._tree(rngs[0], 5, "+-*")) for _ in range(5000)]
+    shares = [sum(split(s) == part for s in texts) / 5000 for part in ("val", "test")]
+    assert shares == [pytest.approx(0.05, abs=0.012), pytest.approx(0.10, abs=0.015)]
+    facts = [f"{a}{op}{b}" for a in range(10) for b in range(10) for op in "+-*"]
+    assert {split(fact) for fact in facts} == {"train"}
+
+@pytest.mark.parametrize("domain,n", CELLS)
+def test_every_trajectory_passes_its_checker_and_ends_at_the_answer(domain, n):
+    rng, operators = random.Random(n), {"expr": "+-*", "sum": "+", "chain": "+-"}[domain]
+    for style, part in itertools.product(STEPWISE, ("train", "val", "test") * 15):
+        q = arithmetic.draw(rng, domain, n, part)
+        assert q.operands == n and set(q.text) <= set(f"0123456789(){operators}")
+        steps, implied = arithmetic.steps(q, rng, style)
+        assert implied == q.answer == steps[-1][-1] == str(eval(q.text) % 10)
+        assert all(check(q, ";".join(steps))), (q.text, style, steps)
+        assert len(steps) == (n // 2 if style == "short" else n - 1)
+        if style in ("states", "short"):
+            assert all(eval(state) % 10 == int(q.answer) for state in steps)
+    assert arithmetic.steps(q, rng, "direct") == ([], q.answer)
+    dots, = arithmetic.steps(q, rng, "filler")[0]
+    assert set(dots) == {"."} and len(dots) == len(arithmetic.trajectory(q, rng))
+
+@pytest.mark.parametrize("domain,n", CELLS)
+def test_every_corrupted_trajectory_fails_from_its_wrong_step_on(domain, n):
+    rng, corrupted = random.Random(n), 0
+    for style, _ in itertools.product(STEPWISE, range(30)):
+        q, at = drawn(rng, domain, n), rng.randrange(n // 2 if style == "short" else n - 1)
+        found = arithmetic.corrupt(q, rng, style, at)
+        if found:
+            corrupted, (steps, implied) = corrupted + 1, found
+            verdicts = check(q, ";".join(steps))
+            assert all(verdicts[:at]) and not any(verdicts[at:]), (q.text, steps)
+            assert implied == steps[-1][-1] != q.answer
+    assert corrupted > 100
+    assert arithmetic.corrupt(parse("0*(3+4)"), rng, wrong_at=0) is None
+
+@pytest.mark.parametrize("think,verdicts", [
+    ("(8*2)-7;6-7;9", [True, True, True]), ("(8*2)-7;6-7", [True, False]),
+    ("6-7;9", [True, True]), ("9", [False]), ("(9*2)-7;8-7;1", [False] * 3),
+    ("(9*2)-7W(8*2)-7;6-7;9", [True] * 3), ("(8*2)-7W(8*2)-7;6-7;9", [False] * 3),
+    ("3+5=8;8*2=6;6-7=9", [True] * 3), ("3+5=8;8*2=16", [True, False]),
+    ("8*2=6;6-7=9", [False] * 2), ("(8*2)-7;5-7;9", [True, False, False]),
+    ("(08*2)-7", [False]), ("(8*2)-7;;9", [True, False, False]), ("....", [False]), ("", [])])
+def test_every_step_gets_the_verdict_that_it_deserves(think, verdicts):
+    """Unfinished, two operations, three, slips that are none, out of turn, skipped."""
+    assert check(Q, think) == verdicts
+    assert check(parse("3-5+2"), "8+2;0") == [True, True]       # a chain goes from the left
+    assert check(parse("3-5+2"), "3-7;6") == [False, False]
+
+def test_distinct_trajectories_differ_and_too_many_are_refused():
+    found = arithmetic.distinct(parse("1+2+3+4+5"), random.Random(3), 20)
+    assert len({";".join(steps) for steps in found}) == 20
+    with pytest.raises(ValueError, match="distinct"):
+        arithmetic.distinct(parse("3+5"), random.Random(3), 2)
+
+def test_relatives_are_answered_by_the_last_two_results_of_a_trajectory():
+    rng, kinds = random.Random(4), {k: q.text for k, q in arithmetic.relatives(Q).items()}
+    assert kinds == {"sibling": "((3+5)*2)*7", "sibling2": "((3+5)*2)+7",
+                     "swapped": "7-((3+5)*2)", "left": "(3+5)*2"}
+    for _ in range(200):
+        q = drawn(rng, "expr", rng.randint(3, 6))
+        (a, op, b), found = arithmetic.steps(q, rng)[0][-2], arithmetic.relatives(q)
+        others = [arithmetic.root(found[kind])[0] for kind in ("sibling", "sibling2")]
+        answers = [str(eval(f"{a}{other}{b}") % 10) for other in others]
+        assert sorted([op, *others]) == sorted("+-*")
+        assert [found["sibling"].answer, found["sibling2"].answer] == answers
+        assert found["swapped"].answer == str((int(b) - int(a)) % 10)
+        assert found.get("left", q._replace(answer=a)).answer == a
+        assert found.get("right", q._replace(answer=b)).answer == b
+        longer = arithmetic.beyond(q, rng)
+        assert f"({q.text})" in longer.text and longer.operands == q.operands + 1
+        assert longer.answer == str(eval(longer.text) % 10) and arithmetic.part(longer) == q
+    parts = [arithmetic.part(parse(s)) for s in ("9-(3+5)", "3-5+2", "(3+5)*(2+4)", "9-4")]
+    assert [part and part.text for part in parts] == ["3+5", "3-5", None, None]
+
+@pytest.mark.parametrize("slips", (0.3, 1.0))
+def test_room_is_enough_for_every_style(monkeypatch, slips):
+    """Of questions of every size; 1.0: with a slip in every state of `reflect`."""
+    monkeypatch.setattr(arithmetic, "P_SLIP", slips)
+    rng = random.Random(6)
+    for n, style, _ in itertools.product(range(2, 13), arithmetic.STYLES, range(30)):
+        q = arithmetic.draw(rng, rng.choice(list(TESTED)), n)
+        output = [*text.encode(arithmetic.trajectory(q, rng, style)), text.END_THINK, 0, text.EOS]
+        assert len(output) <= arithmetic.room(n), (q.text, style)
 
 
-def flipped(node):
-    """A tree with the operands of every + and * the other way round."""
-    if isinstance(node, int):
-        return node
-    op, left, right = node[0], flipped(node[1]), flipped(node[2])
-    return (op, left, right) if op == "-" else (op, right, left)
+@pytest.mark.parametrize("output,reward", [
+    ("(8*2)-7;6-7;9</think>9<eos>", 1), ("</think>9<eos>", 1), ("...</think>8<eos>", 0),
+    ("(8*2)-7;6-7;9<eos>", -0.5), ("</think>9", -0.5), ("</think>09<eos>", -0.5), ("6-7", -1),
+    ("9</think></think>9<eos>", -0.5), ("</think>9<eos>9", -0.5), ("</think>9<eos>1", -1),
+    ("</think><eos>", -1), ("", -1), ("</think>９<eos>", -1), ("</think>9<eos>\n", -0.5)])
+def test_reward_is_that_of_the_paper(output, reward):
+    assert arithmetic.reward(Q, output) == reward
 
-def regrouped(node):
-    """(a + b) + c -> a + (b + c), (a + b) - c -> a + (b - c), (a - b) - c -> a - (b + c) and
-    (ab)c -> a(bc), everywhere."""
-    if isinstance(node, int):
-        return node
-    op, left, right = node[0], regrouped(node[1]), regrouped(node[2])
-    rules = {("+", "+"): ("+", "+"), ("-", "+"): ("+", "-"), ("-", "-"): ("-", "+"),
-             ("*", "*"): ("*", "*")}
-    rule = None if isinstance(left, int) else rules.get((op, left[0]))
-    return (rule[0], left[1], (rule[1], left[2], right)) if rule else (op, left, right)
+PIECES = ("9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "٩", "²", "", "9" * 10_000, "-9", " 9",
+          "0x9", "\x00", "\n", "=", ";", "W", "</think>", "<eos>", "6-7", "(8*2)-7", "nan", "1/0",
+          "__import__('os').abort()", "９", "<think>", "9", "</think>9<eos>", "</think>8<eos>")
 
-def test_the_order_of_commuting_operands_does_not_matter_to_a_split():
-    splits = set()
-    for order in itertools.permutations((3, 14, 15, 9)):
-        splits.add(arithmetic.split(arithmetic.question("sum", order)))
-    assert len(splits) == 1
-
-@pytest.mark.parametrize("rewritten", [flipped, regrouped])
-def test_neither_order_nor_grouping_matters_to_a_split(rewritten):
-    rng, changed = random.Random(0), 0
-    for _ in range(500):
-        q = arithmetic.draw(rng, "expr", 4)
-        other = arithmetic.question("expr", rewritten(q.state))
-        changed += q.text != other.text
-        assert arithmetic.value(other.state) == arithmetic.value(q.state)
-        assert arithmetic.canonical(q) == arithmetic.canonical(other)
-    assert changed > 150
-
-def test_one_canonical_form_is_one_value():
-    """What the split takes for the same question is the same, if only in its answer."""
-    rng, values = random.Random(1), {}
-    for _ in range(20_000):
-        q = arithmetic.draw(rng, "expr", 3)
-        assert values.setdefault(arithmetic.canonical(q), q.answer) == q.answer
-
-def test_a_question_less_its_last_operation():
-    rng = random.Random(2)
-    for domain, k in ALL:
-        q = drawn(rng, domain, k)
-        less = arithmetic.part(q)
-        if less:
-            assert less.operands == q.operands - 1
-            assert less.text in q.text if domain == "expr" else q.text.startswith(
-                less.text.removesuffix("%97"))
-            assert arithmetic.check(less, arithmetic.trajectory(less, rng))[-1]
-    assert arithmetic.part(parse("(3+5)*2")).text == "3+5"
-    assert arithmetic.part(parse("9-(3+5)")).text == "3+5"
-    assert arithmetic.part(parse("12+7+30%97")).text == "12+7%97"
-    assert arithmetic.part(parse("(3+5)*(2+4)")) is None is arithmetic.part(parse("9-4"))
+def test_hostile_outputs_get_a_verdict_quickly_and_run_nothing(monkeypatch):
+    rng, began, rewards = random.Random(0), time.perf_counter(), set()
+    with monkeypatch.context() as patch:
+        for name in ("eval", "exec", "compile"):
+            patch.setattr(f"builtins.{name}", lambda *_: pytest.fail("evaluated"))
+        for _ in range(1000):
+            s = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 4)))
+            rewards.add(arithmetic.reward(Q, s))
+            assert arithmetic.verify(Q, s) == (s == "9")
+            assert isinstance(check(Q, s), list) and isinstance(arithmetic.leaks(s[:100]), bool)
+    assert rewards == {1.0, 0.0, -0.5, -1.0} and time.perf_counter() - began < 8
 
 
-# ------------------------------------------------------------------------------ encoding, padding
+LETTERS = {text.BOS: "B", text.THINK: "T", text.END_THINK: "E", text.EOS: "$", text.PAD: "_",
+           text.IGNORE: "_"}
 
-def test_encoding_round_trip_and_unknown_characters():
-    rng = random.Random(4)
-    for domain, k in ALL:
-        t = arithmetic.trajectory(drawn(rng, domain, k), rng, "reflect")
-        ids = text.encode(t)
-        assert text.decode(ids) == t
-        assert len(ids) == len(t)
-    with pytest.raises(ValueError, match="'x'"):
-        text.encode("3x5")
+def spelt(ids):
+    """A letter per id: B <bos>, T <think>, E </think>, $ <eos>, _ nothing."""
+    return "".join(LETTERS.get(int(i)) or text.CHARS[i] for i in ids)
 
+@pytest.mark.parametrize("options,expected", [
+    ({}, ["B(3+5)*2TE8*2E;6E6", "_B(3+5)*2TT8*22;6E", "________86*2;66E6$",
+          "________8_*2;_6E__", "000000000000001111", [9, 13]]),
+    ({"whole": False}, ["B(3+5)*2TE8*2E;6E6", "_B(3+5)*2TT8*22;6E", "________86*2;66_6$",
+                        "________8_*2;_6E__", "000000000000001111", [9, 13]]),
+    ({"asides": False}, ["B(3+5)*2T8*2;6E6", "_B(3+5)*2T8*2;6E", "________8*2;6E6$",
+                         "________8*2;6E__", "0000000000001111", []]),
+    ({"steps": []}, ["B(3+5)*2TE6", "_B(3+5)*2TE", "_________6$", "________E__", "0" * 11, []]),
+    ({"steps": [], "brackets": True}, ["B(3+5)E*2TE6", "_B(3+5))*2TE", "______8___6$",
+                                       "_________E__", "0" * 12, [6]])])
+def test_a_row_is_the_one_worked_out_by_hand(options, expected):
+    """ids, the token before, targets, targets of the inner loop, states, where asides stand."""
+    row = text.row(**{"question": "(3+5)*2", "steps": ["8*2", "6"], "answer": "6", **options})
+    asides = [i for i, aside in enumerate(row.aside) if aside]
+    assert [*map(spelt, row[:4]), "".join(map(str, row.step)), asides] == expected
 
-def test_padding_fills_up_and_targets_are_the_next_tokens_of_the_continuation():
-    rows = [[1, 2, 3], [4]]
-    assert text.padded(rows, 0).tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert text.padded(rows, 0, left=True).tolist() == [[1, 2, 3], [0, 0, 4]]
-    ids, targets = text.shifted([[1, 2], [5]], [[3, 4], [6]])
-    nothing = text.IGNORE
-    assert ids.tolist() == [[1, 2, 3], [5, 6, text.PAD]]
-    assert targets.tolist() == [[nothing, 3, 4], [6, nothing, nothing]]
-
-
-# --------------------------------------------------------------------------------------- batches
-
-def test_batches_teach_exactly_what_their_examples_say():
-    rng, mix, kinds = random.Random(5), text.Mix(), set()
-    for _ in range(300):
-        example = mix.sample(rng)
-        t, a = example.think, example.answer
-        batch = text.batch([example])
-        learned = text.decode([i for i in batch.targets[0].tolist() if i >= 0])
-        expected = {"all": f"{t}</think>{a}<eos>", "cut": f"{t}{a}<eos>", "answer": f"{a}<eos>"}
-        assert learned == expected[example.learn]
-        shown = text.decode(batch.ids[batch.sample > 0].tolist())
-        assert shown == f"<bos>{example.question}<think>{t}</think>{a}"
-        kinds.add(example.learn)
-    assert kinds == {"all", "cut", "answer"}
-
-
-def samples_of(batch):
-    """(ids, targets, positions) of every sample in a batch, sorted."""
-    found = []
-    for row, numbers in enumerate(batch.sample):
-        for n in range(1, int(numbers.max()) + 1):
-            own = numbers == n
-            parts = (batch.ids, batch.targets, batch.pos)
-            found.append([part[row, own].tolist() for part in parts])
-    return sorted(found)
-
-def test_a_batch_is_a_function_of_seed_and_step():
-    mix = text.Mix()
-    batch = text.batch_at(7, 64, mix, 0)
-    for a, b in zip(batch, text.batch_at(7, 64, mix, 0)):
-        assert torch.equal(a, b)
-    assert samples_of(batch) != samples_of(text.batch_at(8, 64, mix, 0))
-    assert samples_of(batch) != samples_of(text.batch_at(7, 64, mix, 1))
-
-
-def test_packing_keeps_every_sample_once():
-    mix, rng = text.Mix(), random.Random("0/7")
-    batch, alone = text.batch_at(7, 64, mix, 0), []
-    for _ in range(64):
-        alone += samples_of(text.batch([mix.sample(rng)], room=1))
-    assert samples_of(batch) == sorted(alone)
-    padding = batch.sample == 0
-    assert (~padding).float().mean() > 0.85
-    assert (batch.ids[padding] == text.PAD).all()
-    assert (batch.targets[padding] == text.IGNORE).all()
-
-
-def gradients(model, batches):
-    total = 0
-    for b in batches:
-        total = total + model.nll(b.ids, b.targets, pos=b.pos, mask=b.mask()).sum()
-    return torch.autograd.grad(total, list(model.parameters()))
-
-def test_packed_samples_do_not_see_each_other(tiny):
-    """Gradients of a packed batch are those of its samples, one at a time."""
-    rng, mix = random.Random(3), text.Mix()
-    examples = [mix.sample(rng) for _ in range(12)]
-    packed = text.batch(examples)
-    alone = [text.batch([example], room=1) for example in examples]
-    assert len(packed.ids) < 12
-    for g, h in zip(gradients(tiny, [packed]), gradients(tiny, alone)):
-        torch.testing.assert_close(g, h, rtol=0, atol=1e-12)
-
+def test_batches_are_padded_rows_and_a_function_of_seed_and_step():
+    rows = text.batch_at(7, 40, text.Mix(), 0)
+    assert rows == text.batch_at(7, 40, text.Mix(), 0) != text.batch_at(8, 40, text.Mix(), 0)
+    assert rows != text.batch_at(7, 40, text.Mix(), 1)
+    fills = (text.PAD, text.PAD, -100, -100, 0, 0)
+    for column, parts, fill in zip(text.batch(rows), zip(*rows), fills, strict=True):
+        assert torch.equal(column, text.padded(list(parts), fill).to(column.dtype))
 
 def test_a_pool_holds_the_same_questions_whatever_its_support():
-    mix = text.Mix(domains={"sum": 1}, operands={"sum": (0, 0, 1, 0)})
-    one, many = mix.limited(20, 1, 0).pool, mix.limited(20, 8, 0).pool
-    assert len(one) == len(many) == 20
-    for (q, thinks), (same, more) in zip(one, many):
-        assert q == same
-        assert len(thinks) == 1
-        assert len(more) == len(set(more)) == 8
-        assert thinks[0] in more
+    """And samples are its questions with their trajectories."""
+    mix = text.Mix(domains=("sum",), operands=(6,))
+    one, many = mix.limited(20, 1, 0), mix.limited(20, 8, 0)
+    for (q, steps), (again, more) in zip(one.pool, many.pool, strict=True):
+        assert q == again and len(steps) == 1 and set(steps) < set(more)
+        assert len(set(more)) == len(more) and all(all(check(q, ";".join(t))) for t in more)
+    assert sum(len(more) for _, more in many.pool) >= 0.9 * 8 * 20
+    rng, known = random.Random(0), dict(many.pool)
+    assert all(steps in known[q] for q, steps in (many.lesson(rng) for _ in range(100)))
+
+def held_out(s):
+    """The held-out questions in a text, however they are framed: any run of question characters
+    that can be read is one."""
+    found, runs = [], "".join(c if c in "0123456789+-*()" else " " for c in s).split()
+    for run in runs:
+        try:
+            found += [run] if split(run) != "train" else []
+        except ValueError:
+            continue
+    return found
+
+def shown(ids):
+    """What stands in a row, asides not counted."""
+    return text.decode(i for i in ids if i not in (text.PAD, text.END_THINK))
+
+def bracket_at_end(s):
+    """The inside of the bracket that a text ends with."""
+    first = max(i for i in range(len(s)) if s[i] == "(" and s[i:].count("(") == s[i:].count(")"))
+    return s[first + 1:-1]
+
+def asked(row):
+    """[(the question that an aside or the end asks, its target)] of a Row."""
+    found, before = [], ""
+    for i, (token, target) in enumerate(zip(row.ids, row.targets)):
+        if token == text.END_THINK and 0 <= target < 10:
+            question = before[1:].partition("T")[0]
+            found.append((question if "T" in before else bracket_at_end(question), target))
+        before += "" if row.aside[i] else spelt([token])
+    return found
+
+def nothing_held_out(row):
+    """Neither shown nor asked; and the digits asked for are right."""
+    assert not held_out(shown(row.ids)), shown(row.ids)
+    for question, digit in asked(row):
+        assert not held_out(question) and eval(question) % 10 == digit, (spelt(row.ids), question)
+
+@pytest.mark.parametrize("mix", [
+    text.Mix(), text.Mix(styles=arithmetic.STYLES), text.Mix(direct=3), text.Mix(direct=6, ops="+"),
+    text.Mix(styles=("short", "reflect"), operands=(3, 4)), text.Mix().limited(300, 5, 0),
+    text.Mix(("sum",), (6,), ("reflect",)).limited(300, 5, 1)])
+def test_sft_sees_no_held_out_question(mix):
+    for step, asides in itertools.product(range(2), (True, False)):
+        for row in text.batch_at(step, 300, mix, 0, asides):
+            nothing_held_out(row)
+            assert asked(row)
+
+@pytest.mark.parametrize("flags", [{}, {"operands": "3"}, {"style": "steps"}, {"queries": 7}])
+def test_meta_training_sees_no_held_out_question(monkeypatch, flags):
+    """Neither in its support set nor in its query set, whose asides ask for brackets."""
+    monkeypatch.setattr(text, "batch", lambda rows, device: rows)
+    some = tasks.tasks_at(0, meta.Meta(batch=400, **flags))
+    for row in tasks.support(some) + tasks.query(some):
+        nothing_held_out(row)
+    for q, row in zip((q for task in some for q in task.queries), tasks.query(some), strict=True):
+        assert asked(row)[-1] == (q.text, int(q.answer))
+
+class Writer:
+    """In a model's place: writes trajectories, every other one corrupted, held-out states and all;
+    remembers the rows that it is asked to learn from."""
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.rng, self.outputs, self.learned = random.Random(0), [], []
+        self.weight = torch.zeros((), requires_grad=True)
+
+    def generate(self, prompts, stop, room, *_):
+        for ids in prompts:
+            q = parse(text.decode(ids)[len("<bos>"):-len("<think>")])
+            style, wrong_at = self.rng.choice(("states", "reflect")), self.rng.choice((None, 0))
+            steps, answer = arithmetic.steps(q, self.rng, style, wrong_at)
+            self.outputs.append(text.encode(";".join(steps)) + [text.END_THINK, int(answer)])
+        return self.outputs[-len(prompts):]
+
+    def nll(self, ids, targets):
+        self.learned += ids.tolist() if torch.is_grad_enabled() else []
+        return self.weight * (targets >= 0)
+
+@pytest.mark.parametrize("method", ("grpo", "dpo"))
+def test_reinforcement_learns_from_no_held_out_question(method):
+    """Though the model writes many: they enter no gradient."""
+    model, c = Writer(), train.Train(method=method, batch=320, group=8)
+    for step in range(3):
+        train.METHODS[method](c, model, train.mix_of(c), step, model)
+    assert sum(bool(held_out(shown(output))) for output in model.outputs) > 80
+    assert len(model.learned) > 150 and not any(held_out(shown(ids)) for ids in model.learned)
 
 
-def test_samples_of_a_pool_are_its_questions_and_trajectories():
-    mix = text.Mix(domains={"sum": 1}, operands={"sum": (0, 0, 1, 0)}).limited(20, 1, 0)
-    known = {(q.text, thinks[0]) for q, thinks in mix.pool}
-    rng, seen = random.Random(0), set()
-    for _ in range(300):
-        example = mix.sample(rng)
-        if example.learn == "all":
-            seen.add((example.question, example.think))
-    assert len(seen) > 10
-    assert seen <= known
-
-
-# ----------------------------------------------------------------------------------------- tasks
-
-def test_trajectories_without_their_last_results():
-    think = "3+5=8;8*2=16"
-    assert tasks.without_results(think, 0) == think
-    assert tasks.without_results(think, 1) == "3+5=8;8*2="
-    assert tasks.without_results(think, 2) == "3+5="
-    with pytest.raises(ValueError):
-        tasks.without_results("3+5=8", 2)
-    with pytest.raises(ValueError, match="empty"):
-        tasks.tensors([tasks.Task(parse("3+5"), [""])])
-
-
-def spelt(row, keep):
-    return text.decode(row[keep].tolist())
-
-def test_rows_of_tasks_hold_what_their_targets_say():
-    """Every part of Support and Query, read back as text."""
-    some = [tasks.Task(parse("(3+5)*2"), ["3+5=8;8*2=16", "3+5=8;8*2=16"]),
-            tasks.Task(parse("1+2+3"), ["1+2=3;3+", "1"], whole=False)]
-    support, query = tasks.tensors(some)
-    rows = [(task, think) for task in some for think in task.thinks]
-    for i, (task, t) in enumerate(rows):
-        q, a = task.question.text, task.question.answer
-        ids, inner, joint, step, section = (part[i] for part in support)
-        end = "</think>" if task.whole else ""
-        assert spelt(ids, ids != text.PAD).startswith(f"<bos>{q}<think>{t}</think>{a}")
-        assert spelt(inner, inner >= 0) == f"{t}</think>"
-        assert spelt(joint, joint >= 0) == f"{t}{end}{a}<eos>"
-        assert spelt(ids, section == 0) == f"<bos>{q}<think>"
-        assert spelt(ids, section == 1) == t
-        numbers = [t[:j].count(";") for j in range(len(t) + 1)]
-        assert step[inner >= 0].tolist() == numbers
-        for targets in (inner, joint):
-            at = (targets[:-1] >= 0).nonzero()
-            assert torch.equal(targets[at], ids[at + 1])
-    for i, task in enumerate(some):
-        ids, targets = query.ids[i], query.targets[i]
-        q, a = task.question.text, task.question.answer
-        assert spelt(ids, ids != text.PAD).startswith(f"<bos>{q}<think></think>{a}")
-        assert spelt(targets, targets >= 0) == f"{a}<eos>"
-
-
-def test_sizes_count_what_sums_over_tasks_are_divided_by():
-    some = [tasks.Task(parse("(3+5)*2"), ["3+5=8;8*2=16"]),
-            tasks.Task(parse("1+2+3"), ["1+2=3;3+", "2+3="], whole=False)]
-    support, query = tasks.tensors(some)
-    sizes = tasks.sizes_of(some)
-    assert sizes.questions == 2
-    assert sizes.answer_tokens == int((query.targets >= 0).sum())
-    assert sizes.joint_targets == int((support.joint >= 0).sum())
+def test_tasks_are_a_function_of_seed_and_step_and_hold_what_they_promise():
+    """Whole trajectories or cut ones; questions that they help to answer, and one that they do
+    not."""
+    c, kinds = meta.Meta(batch=300, queries=3), {"itself": 0, "relative": 0, "beyond": 0}
+    some = tasks.tasks_at(3, c)
+    assert some[:20] == tasks.tasks_at(3, c)[:20] != tasks.tasks_at(4, c)[:20]
+    for q, steps, queries, whole in some:
+        verdicts, first = check(q, ";".join(steps)), queries[0]
+        assert len(queries) == 3 and all(verdicts[:-1]) and verdicts[-1] == whole
+        relative = first in arithmetic.relatives(q).values()
+        kinds["itself" if first == q else "relative" if relative else "beyond"] += 1
+        if first != q:
+            assert whole != relative and (relative or f"({q.text})" in first.text)
+    assert min(kinds.values()) > 30, kinds
