@@ -84,7 +84,7 @@ def chain_of(c, arm: str, seed: int) -> list:
         name = "_".join(re.findall(r"[\w.=,]+", " ".join([script[:-3], *words])))[:60]
         if chain:
             words.append(f"--init={chain[-1].folder / 'ckpt.pt'}")
-        words += [f"--device={device}", "--questions=20", f"--seed={seed}"]
+        words += [f"--device={device}", "--questions=2", f"--seed={seed}"]
         if script == "train.py":
             config = train.configure(*flags(train.Train, words))
         else:
@@ -99,8 +99,7 @@ def chain_of(c, arm: str, seed: int) -> list:
     return chain
 
 def words_of(arm: str) -> list:
-    """Takes an arm apart as a shell does -> a list of words per stage. Exits 2 with a line where
-    something else than the flags of a script stands there."""
+    """Takes an arm apart as a shell does -> a list of words per stage. Exits 2 where it is none."""
     try:
         stages = [shlex.split(part) for part in arm.split("|")]
     except ValueError as e:
@@ -108,7 +107,7 @@ def words_of(arm: str) -> list:
     for words in stages:
         first = words[0] if words else "nothing"
         if first not in ("train.py", "meta.py") and not first.startswith("-"):
-            fail(f"--arm={arm}: a stage begins with a flag, train.py or meta.py, not with {first}")
+            fail(f"--arm={arm}: a stage begins with a flag, train.py or meta.py, not {first}")
         for word in words:
             if word.partition("=")[0] in GIVEN:
                 fail(f"--arm={arm}: {word} is not for an arm to say")

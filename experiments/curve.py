@@ -127,8 +127,9 @@ def interventions(model, questions, steps, rng):
         return np.array([str(digit) == answer for digit, answer in zip(said, wanted)])
 
     detours = [[*t, t[0]] for t in shown]
-    before, after = (nll_of(direct_logp(model, questions, thinks=list(map(";".join, ts))), questions)
-                     for ts in (shown, detours))
+    before, after = (
+        nll_of(direct_logp(model, questions, thinks=list(map(";".join, ts))), questions)
+        for ts in (shown, detours))
     return {"all states: the answer": says(shown, answers),
             "last state alone: the answer": says([t[-1:] for t in shown], answers),
             "last state swapped: the other's answer": says(swapped, [o.answer for o, _ in other]),

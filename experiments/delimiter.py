@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from analyze import at_states, prefix_logp
-from data import arithmetic, text
+from data import text
 from experiments import cell_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.flags import fail
-from lab.score import respond
+from lab.score import commonest, respond
 from lab.verdict import decide, interval
 
 CLAIM = "C7: the end-of-thinking delimiter acts like momentum, towards a local optimum"
@@ -32,6 +32,7 @@ CLAIM = "C7: the end-of-thinking delimiter acts like momentum, towards a local o
 class Raw(NamedTuple):
     """Arrays (questions, 1 + states): `</think>` forced after k = 0, 1, ... states."""
     title: str
+    commonest: float                        # share right for always the commonest digit
     left_out: int                           # questions with another number of states
     loss: np.ndarray                        # L_hat there
     entropy: np.ndarray                     # of the answer's digit there
@@ -50,7 +51,7 @@ def measure(c, runs):
     loss = -logps[np.arange(len(answers)), :, answers]
     entropy = -(np.exp(logps) * logps).sum(-1)
     right = logps.argmax(-1) == answers[:, None]
-    return Raw(title, len(questions) - len(written), loss, entropy, right)
+    return Raw(title, commonest(questions), len(questions) - len(written), loss, entropy, right)
 
 def judge(raw):
     cut, right = raw.loss[:, 1:-1].mean(1), raw.right.astype(float)
@@ -63,12 +64,13 @@ def judge(raw):
         verdicts[part], gaps[part] = decide(margin)
     places = {name: [interval(column) for column in getattr(raw, name).T]
               for name in ("loss", "entropy", "right")}
-    return verdicts, {"gaps": gaps, "title": raw.title, "left out": raw.left_out, "places": places}
+    return verdicts, {"gaps": gaps, "title": raw.title, "left out": raw.left_out,
+                      "commonest": raw.commonest, "places": places}
 
 def draw(numbers):
     fig, ((loss, right, entropy),) = panels(1, 3, width=4, heights=[3.2])
     labels = {loss: ("loss", r"$\hat{L}$ (nats)", "The loss that is left"),
-              right: ("right", "share right", "The answers that are right"),
+              right: ("right", "share right", "Right answers (grey: always the commonest digit)"),
               entropy: ("entropy", "nats", "How unsure the answer is: its entropy")}
     for ax, (name, ylabel, title) in labels.items():
         rows = numbers["places"][name]
@@ -79,5 +81,6 @@ def draw(numbers):
             chance_line(ax)
         ax.set(xlabel="states of the model's own trajectory", ylabel=ylabel, title=title)
         ax.set(ylim=(0, None))
+    right.axhline(numbers["commonest"], color=COLOURS["filler"], ls=":", lw=1)
     entropy.legend(fontsize=8)
     return fig

@@ -45,7 +45,8 @@ def page(folder, pictures: str = "") -> str:
     parts = ["# Results", textwrap.fill(
         "Written by `python -m experiments.page assets` from the JSON beside each figure. "
         "Intervals are of 95 %: Wilson's for shares, a bootstrap over questions, and Student's "
-        "over seeds. Before one refutes, it is widened for the number of margins (Bonferroni).", 100),
+        "over seeds. Before one refutes, it is widened for the number of margins "
+        "(Bonferroni).", 100),
         "\n".join(rows), *(section(*row, pictures) for row in found.items())]
     note = Path(folder) / "tried.md"
     if note.exists():

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import close, logp_at_end
-from torch.func import functional_call
 
 import analyze
 import meta

@@ -98,45 +98,37 @@ def test_splits_are_disjoint_over_seeds_domains_and_sizes():
     assert {split(fact) for fact in facts} == {"train"}
 
 @pytest.mark.parametrize("domain,n", CELLS)
-def test_every_trajectory_passes_its_checker_and_ends_at_the_answer(domain, n):
-    rng, operators = random.Random(n), {"expr": "+-*", "sum": "+", "chain": "+-"}[domain]
-    for style, part in itertools.product(STEPWISE, ("train", "val", "test") * 15):
+def test_every_trajectory_passes_its_checker_and_a_corrupted_one_from_its_wrong_step_on_does_not(
+        domain, n):
+    """It ends at the answer, or at another one; of questions that are what was asked for."""
+    rng, operators, corrupted = random.Random(n), {"expr": "+-*", "sum": "+", "chain": "+-"}, 0
+    for style, part in itertools.product(STEPWISE, ("train", "val", "test") * 12):
         q = arithmetic.draw(rng, domain, n, part)
-        assert q.operands == n and set(q.text) <= set(f"0123456789(){operators}")
+        assert q.operands == n and set(q.text) <= set(f"0123456789(){operators[domain]}")
         steps, implied = arithmetic.steps(q, rng, style)
         assert implied == q.answer == steps[-1][-1] == str(eval(q.text) % 10)
         assert all(check(q, ";".join(steps))), (q.text, style, steps)
         assert len(steps) == (n // 2 if style == "short" else n - 1)
         if style in ("states", "short"):
             assert all(eval(state) % 10 == int(q.answer) for state in steps)
-    assert arithmetic.steps(q, rng, "direct") == ([], q.answer)
-    dots, = arithmetic.steps(q, rng, "filler")[0]
-    assert set(dots) == {"."} and len(dots) == len(arithmetic.trajectory(q, rng))
-
-@pytest.mark.parametrize("domain,n", CELLS)
-def test_every_corrupted_trajectory_fails_from_its_wrong_step_on(domain, n):
-    rng, corrupted = random.Random(n), 0
-    for style, _ in itertools.product(STEPWISE, range(30)):
-        q, at = drawn(rng, domain, n), rng.randrange(n // 2 if style == "short" else n - 1)
+        at = rng.randrange(len(steps))
         found = arithmetic.corrupt(q, rng, style, at)
         if found:
             corrupted, (steps, implied) = corrupted + 1, found
             verdicts = check(q, ";".join(steps))
             assert all(verdicts[:at]) and not any(verdicts[at:]), (q.text, steps)
             assert implied == steps[-1][-1] != q.answer
-    assert corrupted > 100
+    assert corrupted > 110
     assert arithmetic.corrupt(parse("0*(3+4)"), rng, wrong_at=0) is None
 
 @pytest.mark.parametrize("think,verdicts", [
-    ("(8*2)-7;6-7;9", [True, True, True]), ("(8*2)-7;6-7", [True, False]),
-    ("6-7;9", [True, True]), ("9", [False]), ("(9*2)-7;8-7;1", [False] * 3),
-    ("(9*2)-7W(8*2)-7;6-7;9", [True] * 3), ("(8*2)-7W(8*2)-7;6-7;9", [False] * 3),
-    ("3+5=8;8*2=6;6-7=9", [True] * 3), ("3+5=8;8*2=16", [True, False]),
-    ("8*2=6;6-7=9", [False] * 2), ("(8*2)-7;5-7;9", [True, False, False]),
-    ("(08*2)-7", [False]), ("(8*2)-7;;9", [True, False, False]), ("....", [False]), ("", [])])
+    ("(8*2)-7;6-7;9", "+++"), ("(8*2)-7;6-7", "+-"), ("6-7;9", "++"), ("9", "-"), ("", ""),
+    ("(9*2)-7;8-7;1", "---"), ("(9*2)-7W(8*2)-7;6-7;9", "+++"), ("(8*2)-7W(8*2)-7;6-7;9", "---"),
+    ("3+5=8;8*2=6;6-7=9", "+++"), ("3+5=8;8*2=16", "+-"), ("8*2=6;6-7=9", "--"), ("....", "-"),
+    ("(8*2)-7;5-7;9", "+--"), ("(08*2)-7", "-"), ("(8*2)-7;;9", "+--")])
 def test_every_step_gets_the_verdict_that_it_deserves(think, verdicts):
     """Unfinished, two operations, three, slips that are none, out of turn, skipped."""
-    assert check(Q, think) == verdicts
+    assert check(Q, think) == [verdict == "+" for verdict in verdicts]
     assert check(parse("3-5+2"), "8+2;0") == [True, True]       # a chain goes from the left
     assert check(parse("3-5+2"), "3-7;6") == [False, False]
 
@@ -173,21 +165,21 @@ def test_room_is_enough_for_every_style(monkeypatch, slips):
     rng = random.Random(6)
     for n, style, _ in itertools.product(range(2, 13), arithmetic.STYLES, range(30)):
         q = arithmetic.draw(rng, rng.choice(list(TESTED)), n)
-        output = [*text.encode(arithmetic.trajectory(q, rng, style)), text.END_THINK, 0, text.EOS]
-        assert len(output) <= arithmetic.room(n), (q.text, style)
+        t = arithmetic.trajectory(q, rng, style)
+        assert len(t) + len("Ea$") <= arithmetic.room(n), (q.text, style)
+    assert arithmetic.steps(q, rng, "direct") == ([], q.answer)
 
+@pytest.mark.parametrize("reward,outputs", [
+    (1, ["(8*2)-7;6-7;9</think>9<eos>", "</think>9<eos>"]), (0, ["...</think>8<eos>"]),
+    (-0.5, ["(8*2)-7;6-7;9<eos>", "</think>9", "</think>09<eos>", "9</think></think>9<eos>",
+            "</think>9<eos>9", "</think>9<eos>\n"]),
+    (-1, ["", "6-7", "</think>9<eos>1", "</think><eos>", "</think>９<eos>"])])
+def test_reward_is_that_of_the_paper(reward, outputs):
+    assert [arithmetic.reward(Q, output) for output in outputs] == [reward] * len(outputs)
 
-@pytest.mark.parametrize("output,reward", [
-    ("(8*2)-7;6-7;9</think>9<eos>", 1), ("</think>9<eos>", 1), ("...</think>8<eos>", 0),
-    ("(8*2)-7;6-7;9<eos>", -0.5), ("</think>9", -0.5), ("</think>09<eos>", -0.5), ("6-7", -1),
-    ("9</think></think>9<eos>", -0.5), ("</think>9<eos>9", -0.5), ("</think>9<eos>1", -1),
-    ("</think><eos>", -1), ("", -1), ("</think>９<eos>", -1), ("</think>9<eos>\n", -0.5)])
-def test_reward_is_that_of_the_paper(output, reward):
-    assert arithmetic.reward(Q, output) == reward
-
-PIECES = ("9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "٩", "²", "", "9" * 10_000, "-9", " 9",
-          "0x9", "\x00", "\n", "=", ";", "W", "</think>", "<eos>", "6-7", "(8*2)-7", "nan", "1/0",
-          "__import__('os').abort()", "９", "<think>", "9", "</think>9<eos>", "</think>8<eos>")
+PIECES = ("9**9**9", "(" * 10_000 + "1" + ")" * 10_000, "٩", "²", "", "9" * 10_000, " 9", "1/0",
+          "0x9", "\x00", "\n", "=", ";", "W", "</think>", "<eos>", "(8*2)-7", "nan", "<think>",
+          "__import__('os').abort()", "9", "</think>9<eos>", "</think>8<eos>")
 
 def test_hostile_outputs_get_a_verdict_quickly_and_run_nothing(monkeypatch):
     rng, began, rewards = random.Random(0), time.perf_counter(), set()
@@ -197,10 +189,8 @@ def test_hostile_outputs_get_a_verdict_quickly_and_run_nothing(monkeypatch):
         for _ in range(1000):
             s = "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 4)))
             rewards.add(arithmetic.reward(Q, s))
-            assert arithmetic.verify(Q, s) == (s == "9")
-            assert isinstance(check(Q, s), list) and isinstance(arithmetic.leaks(s[:100]), bool)
+            assert arithmetic.verify(Q, s) == (s == "9") and isinstance(check(Q, s), list)
     assert rewards == {1.0, 0.0, -0.5, -1.0} and time.perf_counter() - began < 8
-
 
 LETTERS = {text.BOS: "B", text.THINK: "T", text.END_THINK: "E", text.EOS: "$", text.PAD: "_",
            text.IGNORE: "_"}
@@ -234,15 +224,12 @@ def test_batches_are_padded_rows_and_a_function_of_seed_and_step():
         assert torch.equal(column, text.padded(list(parts), fill).to(column.dtype))
 
 def test_a_pool_holds_the_same_questions_whatever_its_support():
-    """And samples are its questions with their trajectories."""
     mix = text.Mix(domains=("sum",), operands=(6,))
-    one, many = mix.limited(20, 1, 0), mix.limited(20, 8, 0)
-    for (q, steps), (again, more) in zip(one.pool, many.pool, strict=True):
+    one, many = mix.limited(20, 1, 0).pool, mix.limited(20, 8, 0).pool
+    for (q, steps), (again, more) in zip(one, many, strict=True):
         assert q == again and len(steps) == 1 and set(steps) < set(more)
         assert len(set(more)) == len(more) and all(all(check(q, ";".join(t))) for t in more)
-    assert sum(len(more) for _, more in many.pool) >= 0.9 * 8 * 20
-    rng, known = random.Random(0), dict(many.pool)
-    assert all(steps in known[q] for q, steps in (many.lesson(rng) for _ in range(100)))
+    assert sum(len(more) for _, more in many) >= 0.9 * 8 * 20
 
 def held_out(s):
     """The held-out questions in a text, however they are framed: any run of question characters
@@ -332,16 +319,14 @@ def test_reinforcement_learns_from_no_held_out_question(method):
 
 
 def test_tasks_are_a_function_of_seed_and_step_and_hold_what_they_promise():
-    """Whole trajectories or cut ones; questions that they help to answer, and one that they do
-    not."""
+    """Trajectories, whole or cut, and first a question that they help to answer."""
     c, kinds = meta.Meta(batch=300, queries=3), {"itself": 0, "relative": 0, "beyond": 0}
     some = tasks.tasks_at(3, c)
     assert some[:20] == tasks.tasks_at(3, c)[:20] != tasks.tasks_at(4, c)[:20]
-    for q, steps, queries, whole in some:
-        verdicts, first = check(q, ";".join(steps)), queries[0]
-        assert len(queries) == 3 and all(verdicts[:-1]) and verdicts[-1] == whole
+    for q, steps, (first, *others), whole in some:
+        verdicts = check(q, ";".join(steps))
         relative = first in arithmetic.relatives(q).values()
         kinds["itself" if first == q else "relative" if relative else "beyond"] += 1
-        if first != q:
-            assert whole != relative and (relative or f"({q.text})" in first.text)
+        assert len(others) == 2 and all(verdicts[:-1]) and verdicts[-1] == whole
+        assert first == q or whole != relative and (relative or f"({q.text})" in first.text)
     assert min(kinds.values()) > 30, kinds

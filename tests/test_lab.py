@@ -62,20 +62,15 @@ def test_margins_decide_either_way(exits):
     seeds = np.array([3.0, 1.0, -1.0])[:, None] + near(rng, 0, 3, 100)
     for margins, word in (((above,), "supported"), ((below,), "refuted"),
                           ((above, below), "refuted"), ((around,), "inconclusive"),
-                          ((above, around), "inconclusive"), ((near(rng, 0.3, 5, 30),), "supported"),
+                          ((above, around), "inconclusive"),
+                          ((near(rng, 0.3, 5, 30),), "supported"),
                           ((near(rng, -0.3, 5, 30),), "refuted"), ((seeds,), "inconclusive"),
                           ((seeds.flatten(),), "supported"), ((above > 0,), "supported")):
         found, intervals = verdict.decide(dict(enumerate(margins)))
         assert found == word and list(intervals) == list(range(len(margins)))
         assert intervals[0] == verdict.interval(margins[0])
+    assert verdict.widened(4) == pytest.approx(0.9875)          # Bonferroni
     exits(["19 questions", "'few'"], verdict.decide, {"few": np.ones(19)})
-
-def test_margins_without_any_truth_in_them_seldom_decide():
-    """Four margins of zero mean: each alone lies below 0 in 2.5 % of the cases."""
-    rng = np.random.default_rng(0)
-    found = [verdict.decide({i: rng.normal(size=(5, 40)) for i in range(4)})[0] for _ in range(100)]
-    assert found.count("refuted") <= 6 and found.count("supported") <= 2
-    assert verdict.widened(4) == pytest.approx(0.9875)
 
 def test_spearman_is_the_rank_correlation():
     assert verdict.spearman([5, 4, 3, 1], range(4)) == pytest.approx(-1)

@@ -1,0 +1,218 @@
+"""Comparisons of trainings: a table of arms, and of the pairs that decide each part of a claim.
+
+A new one is an entry of TABLE. Steps are chosen so that the arms that are held against each other
+take about the same time; what they took stands beside their shares.
+"""
+from experiments import cells_of
+from experiments.arms import kept, run_arms
+from experiments.figure import COLOURS, INK, bars, panels
+from lab.flags import fail
+from lab.score import commonest, held_out
+from lab.verdict import decide
+
+FLOOR = 0.1                         # above always saying the commonest digit
+RULE = """
+
+All differences are between shares right on the same held-out questions, greedy answers where
+nothing else is said, and intervals are over seeds. Supported where all 95 % intervals lie above 0,
+refuted where one lies below, else inconclusive; not testable where no arm of a part is right in a
+tenth more than who always says the commonest digit."""
+LABELS = {"exact": "right", "direct": "right in the head", "pass": "Pass@8", "mg": "mG-Pass@8"}
+
+
+def label(a: str, b: str, metric: str, cells: str) -> str:
+    """Names a difference."""
+    words = [f"{a} - {b}", LABELS.get(metric, f"asked {metric}"), cells]
+    return ", ".join(word for word in words if word != LABELS["exact"])
+
+def draw_arms(numbers):
+    """Differences around a line at zero, a dot per seed, beside the shares of every arm."""
+    shown, asked = numbers["shown"], numbers["asked"]
+    rows = sum(len(part) + 1 for part in numbers["gaps"].values())
+    rows = max(rows, *(1.3 * len(row["arms"]) for row in asked.values()))
+    fig, (axes,) = panels(1, len(shown) + 1, width=4.2, heights=[0.28 * rows + 1.2])
+    draw_differences(axes[0], numbers)
+    for ax, (cells, metric) in zip(axes[1:], shown):
+        named = {f"{name} ({arm['seconds']:.0f} s)": arm["scores"][metric]
+                 for name, arm in asked[cells]["arms"].items()}
+        bars(ax, named, title=cells.replace(":", ", ") + " operands", xlim=(0, 1),
+             xlabel=LABELS.get(metric, f"right, asked {metric}"))
+        ax.axvline(asked[cells]["commonest"], color="#999999", lw=0.8, ls=":")
+        ax.tick_params(axis="y", labelsize=7)
+    return fig
+
+def draw_differences(ax, numbers):
+    """A row per difference, below the name of the part that it decides."""
+    names = []
+    for part, gaps in numbers["gaps"].items():
+        names.append(f"{part}:")
+        for name, (mean, low, high) in gaps.items():
+            y, seeds = len(names), numbers["dots"][part][name]
+            if low is not None:
+                ax.plot([low, high], [y, y], color=COLOURS["light"], lw=5)
+            ax.plot(mean, y, "|", color=COLOURS["correct"], ms=10, mew=2)
+            ax.plot(seeds, [y] * len(seeds), ".", color=INK, ms=3)
+            names.append(name)
+    ax.axvline(0, color=INK, lw=0.8, zorder=0)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.tick_params(axis="y", length=0)
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="difference, 95 % interval, a dot per seed")
+
+
+class Comparison:
+    """One entry, which has what an experiment's file has. Its docstring is question and criterion.
+
+    asked: {cells: {name of an arm: its flags}}; parts: {part of the claim: pairs}, a pair being (a,
+    b, metric, cells), and the claim that a is better than b."""
+    TRAINS, draw = True, staticmethod(draw_arms)
+
+    def __init__(self, text: str, claim: str, asked: dict, parts: dict):
+        self.__doc__, self.CLAIM = text.strip() + RULE, claim
+        self.asked, self.parts = asked, parts
+        self.ARMS = {name: arm for arms in asked.values() for name, arm in arms.items()}
+
+    def measure(self, c, runs) -> dict:
+        """-> {cells: ({name: Arm}, share of the commonest digit)}."""
+        if c.cells and c.cells not in self.asked:
+            fail(f"--cells={c.cells}: this comparison asks {' and '.join(self.asked)}")
+        raw = {}
+        for cells, arms in self.asked.items():
+            metrics = {metric for _, _, metric, where in self.pairs() if where == cells}
+            found = run_arms(c, arms, cells, 32 * bool(metrics & {"pass", "mg"}))
+            questions = [q for cell in cells_of(cells) for q in held_out(*cell, c.questions)]
+            raw[cells] = found, commonest(questions)
+        return raw
+
+    def pairs(self) -> list:
+        return [pair for pairs in self.parts.values() for pair in pairs]
+
+    def judge(self, raw):
+        verdicts, gaps, dots = {}, {}, {}
+        for part, pairs in self.parts.items():
+            margins, levels = {}, []
+            for a, b, metric, cells in pairs:
+                arms, chance = raw[cells]
+                gap = arms[a].scores[metric] - arms[b].scores[metric]
+                margins[label(a, b, metric, cells)] = gap
+                level = "exact" if metric == "mg" else metric
+                levels += [arms[name].scores[level].mean() - chance for name in (a, b)]
+            verdicts[part], gaps[part] = decide(margins)
+            if max(levels) < FLOOR:
+                verdicts[part] = "not testable here"
+            dots[part] = {name: gap.mean(1).round(4).tolist() for name, gap in margins.items()}
+        shown = dict.fromkeys((cells, metric) for _, _, metric, cells in self.pairs())
+        asked = {cells: {"arms": kept(arms), "commonest": round(chance, 4)}
+                 for cells, (arms, chance) in raw.items()}
+        return verdicts, {"gaps": gaps, "dots": dots, "shown": list(shown), "asked": asked}
+
+
+
+# ------------------------------------------------------------------------------------- the table
+
+BASE = "--steps=500 --domains=expr --style=states,short,filler"
+SFT, POOL = "--domains=expr --steps", "--domains=expr --operands=5 --pool=300 --steps"
+GRPO = "--method=grpo --domains=expr --operands=5 --warmup=4"
+DPO = GRPO.replace("grpo", "dpo")
+METHODS = {
+    "base": BASE,
+    "SFT": f"{BASE} | {SFT}=300",
+    "GRPO": f"{BASE} | {GRPO} --steps=24",
+    "SFT, then GRPO": f"{BASE} | {SFT}=150 | {GRPO} --steps=12",
+    "SFT, then DPO": f"{BASE} | {SFT}=150 | {DPO} --steps=18",
+    "pool: SFT, longer": f"{BASE} | {POOL}=150 | {POOL}=150",
+    "pool: SFT, then GRPO": f"{BASE} | {POOL}=150 | {GRPO} --pool=300 --steps=12"}
+LENGTH = {
+    "states": f"{SFT}=450",
+    "short": f"{SFT}=450 --style=short",
+    "short, as many tokens": f"{SFT}=700 --style=short"}
+GENERALIZE = {
+    "direct answers": "--steps=850 --style=direct",
+    "steps": "--steps=600 --style=steps",
+    "states": "--steps=600"}
+GROUPS = {"trained sizes": "expr:5,6", "more operands": "expr:7,8", "new domain": "chain:4,5"}
+SUM = "--steps=300 --domains=sum --operands=2,3,4 | --steps=250 --domains=sum --operands=5"
+EACH = {f"{questions} questions, {n} each": f"{SUM} --pool={questions} --support={n}"
+        for questions, n in ((500, 1), (500, 4), (500, 12), (2000, 1), (167, 12))}
+UPDATE = {f"{n} of 16, {steps} steps": f"{BASE} | {GRPO} --update={n} --steps={steps}"
+          for steps in (24, 96) for n in (16, 4, 2)}
+ORDER = {
+    "MAML": "--steps=400 | meta.py --algo=maml --steps=400",
+    "FOMAML": "--steps=400 | meta.py --algo=fomaml --steps=540",
+    "ANIL": "--steps=400 | meta.py --algo=anil --steps=620",
+    "no inner loop": "--steps=400 | meta.py --algo=none --steps=710"}
+
+def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
+    """Pairs of arms, every one with every other, in all metrics and cells."""
+    return [(a, b, metric, where) for a in better for b in worse
+            for metric in metrics for where in cells]
+
+def updates(metric: str) -> list:
+    return [pair for steps in (24, 96) for pair in against(
+        [f"16 of 16, {steps} steps"], [f"{n} of 16, {steps} steps" for n in (4, 2)], [metric])]
+
+TABLE = {
+    "methods": Comparison("""
+SFT, GRPO, SFT then GRPO, SFT then DPO from one base: which inner loop is best? (Tables 1, 2, 3)
+
+The base calculates, and has as many habits that do not help: two operations at once, dots.
+
+Table 2: SFT has the higher exact match and mG-Pass@8 than GRPO from the same base.
+Table 3: SFT, then GRPO beats GRPO alone in both.
+Table 3, stronger: it also beats SFT alone, which the paper does not compare.
+Table 3, from a pool: SFT's data is perfect and unlimited here, which favours it. On 300 questions
+    with a trajectory each, GRPO on the same questions after SFT beats going on with SFT.""",
+        "Tables 2, 3: SFT gives a better inner loop than RL, and RL is better after SFT",
+        {"expr:5": METHODS},
+        {part: against([a], [b], ["exact", "mg"]) for part, a, b in (
+            ("Table 2", "SFT", "GRPO"), ("Table 3", "SFT, then GRPO", "GRPO"),
+            ("Table 3, stronger", "SFT, then GRPO", "SFT"),
+            ("Table 3, from a pool", "pool: SFT, then GRPO", "pool: SFT, longer"))}),
+    "length": Comparison("""
+Are longer trajectories better, being more inner steps? (Table 2)
+
+finer steps: states after every operation beat states after every other one, at as many questions
+    and at as many tokens.""",
+        "Table 2: longer trajectories are more inner steps, and better", {"expr:5,6": LENGTH},
+        {"finer steps": against(["states"], [*LENGTH][1:], cells=["expr:5,6"])}),
+    "generalize": Comparison("""
+Do trajectories generalise within and across domains? (Fig. 7)
+
+Trained sizes, more operands, a new domain: a model of states beats one that answers directly, and
+    took as long to train, in its own way of answering.
+what is left, not what was done: in all three it beats a model of the style `steps`.""",
+        "Fig. 7: trajectories generalise within and across domains",
+        dict.fromkeys(GROUPS.values(), GENERALIZE),
+        {group: against(["states"], ["direct answers"], cells=[cells])
+         for group, cells in GROUPS.items()} |
+        {"what is left, not what was done": against(["states"], ["steps"],
+                                                    cells=GROUPS.values())}),
+    "support": Comparison("""
+Do more trajectories per question help, being a larger support set? (Figs. 8, 9)
+
+Fig. 8: distinct trajectories per question in SFT, at as many samples: 12 beat 1, and 4 beat 1.
+    (Five addends have no more that hold no test question.)
+Fig. 8, at as many trajectories: 2,000 of them are worth more as 4 or 12 each of fewer questions.
+Fig. 9: outputs of a group that enter GRPO's gradient, the advantages using all 16, at as many
+    rollouts: 16 beat 4 and 2, after 24 steps and after 96.
+Fig. 9, mG-Pass@8: the same for samples in place of greedy answers.""",
+        "Figs. 8, 9: more trajectories per question are a larger support set, and better",
+        {"sum:5": EACH, "expr:5": UPDATE},
+        {"Fig. 8": against([*EACH][1:3], [*EACH][:1], cells=["sum:5"]),
+         "Fig. 8, at as many trajectories": against([[*EACH][1], [*EACH][4]], [[*EACH][3]],
+                                                    cells=["sum:5"]),
+         "Fig. 9": updates("exact"), "Fig. 9, mG-Pass@8": updates("mg")}),
+    "order": Comparison("""
+Does the order of the outer gradient matter? (Eq. 8, which the paper does not run)
+
+MAML, FOMAML, ANIL and no inner loop from the same SFT. Rates are meta.py's, chosen for MAML. Asked
+are a sibling of the trajectory's question and an operation beyond it, of theta'; of theta, trained
+as long to answer the same questions, where there is no inner loop.
+
+an inner loop: MAML beats none.
+the second order: MAML beats FOMAML.
+all blocks: MAML beats ANIL, whose inner loop moves the last block only.""",
+        "Eq. 8: the second-order path from the answer through the trajectory's update matters",
+        {"expr:5,6": ORDER},
+        {part: against(["MAML"], [other], ["sibling", "beyond"], ["expr:5,6"])
+         for part, other in (("an inner loop", "no inner loop"), ("the second order", "FOMAML"),
+                             ("all blocks", "ANIL"))})}
