@@ -237,7 +237,8 @@ def check(c):
         cells_of(c.cells)
     if c.tag and not re.fullmatch(r"[\w-]+", c.tag, re.ASCII):
         fail(f"--tag={c.tag}: letters, digits, - and _ are expected")
-    if ("compare" in c.names) != bool(c.arm) or len(c.arm) == 1:
+    wanted = "compare" in c.names and not c.redraw
+    if wanted != bool(c.arm) or len(c.arm) == 1:
         fail('compare needs two arms or more, and nothing else takes any: --arm="--steps=300" '
              '--arm="--steps=300 --style=short"')
 

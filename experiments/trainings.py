@@ -35,7 +35,7 @@ def draw_arms(numbers):
     for ax, (cells, metric) in zip(axes[1:], shown):
         named = {f"{name} ({arm['seconds']:.0f} s)": arm["scores"][metric]
                  for name, arm in asked[cells]["arms"].items()}
-        bars(ax, named, title=cells.replace(":", ", ") + " operands", xlim=(0, 1),
+        bars(ax, named, title=f"{cells} (dotted: commonest digit)", xlim=(0, 1),
              xlabel=LABELS.get(metric, f"right, asked {metric}"))
         ax.axvline(asked[cells]["commonest"], color="#999999", lw=0.8, ls=":")
         ax.tick_params(axis="y", labelsize=7)
