@@ -43,10 +43,10 @@ class Arm(NamedTuple):
 def run_arms(c, arms: dict, cells: str, samples: int = 0) -> dict:
     """Trains arms {name: flags} and asks them the held-out questions of cells -> {name: Arm}.
     samples: outputs per question for Pass@8 and mG-Pass@8; 0: without these."""
-    chains, found = train_arms(c, arms), {}
+    cells, chains, found = cells_of(cells), train_arms(c, arms), {}
     for name, seeds in chains.items():
         bar = tqdm(seeds, desc=f"asking {name}", unit="run", disable=None, leave=False)
-        rows = [ask(c, chain[-1], cells_of(cells), samples) for chain in bar]
+        rows = [ask(c, chain[-1], cells, samples) for chain in bar]
         scores = {metric: np.array([row[metric] for row in rows], float) for metric in rows[0]}
         found[name] = Arm(scores, facts_of(arms[name], seeds))
     return found

@@ -154,7 +154,8 @@ def test_a_log_with_a_gap_is_refused_and_one_torn_after_the_checkpoint_is_not(ba
     out = tmp_path / "run"
     shutil.copytree(base, out)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for broken in ([*lines[:9], *lines[10:], lines[-1]], [*lines[:9], "{\n", *lines[10:]], lines[:9]):
+    twice, torn = [*lines[:9], *lines[10:], lines[-1]], [*lines[:9], "{\n", *lines[10:]]
+    for broken in (twice, torn, lines[:9]):
         (out / "metrics.jsonl").write_text("".join(broken))
         before = contents(out)
         refused("metrics.jsonl", "train", f"--out={out}", "--resume")

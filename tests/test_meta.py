@@ -77,7 +77,8 @@ def moved_by_hand(model, logs, K, task, first_order=False):
     return weights
 
 def gradient(loss, model, rates):
-    return flat(torch.autograd.grad(loss, [*model.parameters(), *rates], materialize_grads=True))
+    return flat(torch.autograd.grad(loss, [*model.parameters(), *rates], retain_graph=True,
+                                    materialize_grads=True))
 
 
 @pytest.mark.parametrize("K,fast", [(1, "*.up,*.down"), (2, "*.up,*.down"), (3, "*.down"),
@@ -99,8 +100,8 @@ def test_dual_equals_primal_losses_and_meta_gradients(tiny, K, fast, order):
         moved = meta.theta_prime(tiny, inner, tasks.support(some[-1:]))
         hand = flat(weights[path] for path in moved)
         close(flat(moved.values()), hand)
-        exact = gradient(hand.sum(), tiny, logs.values())
-        close(gradient(flat(moved.values()).sum(), tiny, [inner.log_alpha]), exact)
+        exact = gradient(hand.sin().sum(), tiny, logs.values())
+        close(gradient(flat(moved.values()).sin().sum(), tiny, [inner.log_alpha]), exact)
 
 @pytest.mark.parametrize("K", (1, 2))
 @pytest.mark.parametrize("algo,update,holds", [

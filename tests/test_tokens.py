@@ -1,9 +1,7 @@
-"""What tokens, delimiters and short trajectories are worth, and what tricks cost: `tokens`,
-`delimiter`, `prune`, `dots`, `speed`. Criteria on made-up data, both ways; slow ways against fast
-ones; figures from JSON alone."""
+"""What tokens and dots are worth, and what tricks cost: `tokens`, `dots`, `speed`. Criteria on
+made-up data, both ways; slow ways against fast ones; figures from JSON alone."""
 import io
 import json
-import random
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -13,8 +11,8 @@ import torch
 
 import meta
 import train
-from data import arithmetic, tasks, text
-from experiments import Analyze, delimiter, dots, prune, speed, tokens
+from data import tasks, text
+from experiments import Analyze, dots, speed, tokens
 from lab.run import save
 from model import Config, Model
 
@@ -36,35 +34,25 @@ def figure(module, numbers):
 
 
 @pytest.mark.parametrize("module, style", [
-    (tokens, "states"), (tokens, ALL), (delimiter, "states"), (prune, "states"), (prune, ALL),
-    (dots, "states"), (speed, "states")])
+    (tokens, "states"), (tokens, ALL), (dots, "states"), (speed, "states")])
 def test_an_experiment_runs_and_its_figure_needs_the_json_alone(module, style, tmp_path,
                                                                 monkeypatch):
     torch.manual_seed(0)
     model = Model(Config(text.VOCAB, layers=2, heads=2, width=32))
-    c = Analyze(sft=str(tmp_path), questions=40, cells="expr:7" if module is prune else "expr:4")
+    c = Analyze(sft=str(tmp_path), questions=40, cells="expr:4")
     save(tmp_path / "ckpt.pt", model=model.state(), step=0, optimisers=[],
          config=asdict(train.Train(style=style)))
-    monkeypatch.setattr(delimiter, "respond", lambda model, questions: [
-        (arithmetic.trajectory(q, random.Random(0)), q.answer) for q in questions])
     for name, value in (("REPEATS", 1), ("LENGTHS", (64,)), ("CURVE", 8)):
         monkeypatch.setattr(speed, name, value)
     monkeypatch.setattr(speed, "Config", lambda vocab: model.config)
-    runs, shown = SimpleNamespace(sft=lambda: model, device=model.device), []
-    monkeypatch.setattr(prune, "direct_logp", lambda model, questions, thinks: (
-        shown.append(thinks) or torch.zeros(len(questions), 10)))
+    runs = SimpleNamespace(sft=lambda: model, device=model.device)
     verdicts, numbers = module.judge(module.measure(c, runs))
     for verdict in verdicts.values():
         assert verdict.split()[0] in ("supported", "refuted", "inconclusive", "measured", "not")
     untested = [part for part, verdict in verdicts.items() if verdict.startswith("not")]
-    if module in (tokens, prune):
+    if module is tokens:
         assert bool(untested) == (style == "states")
     assert figure(module, numbers) > 10_000
-    if module is prune:
-        for whole, long, slips, short, budget, _, _, last in zip(*shown):
-            assert whole[:-2] == long and slips.count("W") == 2
-            assert long.startswith(budget) and len(short) <= len(budget) < len(long)
-            assert long.endswith(f";{last}") and len(last) == 3
 
 
 # ---------------------------------------------------------------------------------------- tokens
@@ -125,39 +113,7 @@ def test_the_notebooks_ratio_spans_two_steps():
     assert numbers["two steps"]["digit"][0] == 0.75
 
 
-# ------------------------------------------------------------------------ delimiter, prune, dots
-
-def test_delimiter_can_go_either_way():
-    def verdicts(losses, rights):
-        loss = np.stack([near(x) for x in losses], 1)
-        right = np.stack([share(p) for p in rights], 1)
-        return delimiter.judge(delimiter.Raw("", 0.2, 0, loss, loss, right))[0]
-    usual = verdicts((2, 1, 0.5, 0), (0.3, 0.5, 0.8, 1))
-    assert usual == {"momentum": "not testable here", "of use at once": "supported",
-                     "to a worse place": "supported"}
-    assert verdicts((2, 2.5, 2.5, 0), (0.3, 0.3, 0.3, 1))["of use at once"] == "refuted"
-    assert verdicts((2, 0, 0, 1), (0.3, 0.5, 0.8, 1))["to a worse place"] == "refuted"
-    assert verdicts((2, 1, 1, 0), (0.3, 1, 1, 0.5))["to a worse place"] == "refuted"
-
-def test_prune_can_go_either_way():
-    usual = {"nothing left out": 1, "long": 0.9, "long, with slips": 0.9, "short": 0.9,
-             "budget forcing": 0.3, "least falls deleted": 0.9, "two random deleted": 0.5,
-             "last state alone": 0.7}
-
-    def verdicts(styles=("states", "short", "reflect"), **other):
-        read = {way: (9.0, share(p)) for way, p in (usual | other).items()}
-        return list(prune.judge((styles, read, 0.2))[0].values())
-    assert verdicts() == ["supported"] * 3
-    assert verdicts(short=0.6)[0] == verdicts(short=0.9, **{"budget forcing": 1})[0] == "refuted"
-    assert verdicts(**{"long, with slips": 1, "long": 0.7})[1] == "refuted"
-    assert verdicts(**{"two random deleted": 1})[2] == "refuted"
-    assert [v.split()[0] for v in verdicts(("states",))] == ["not", "not", "supported"]
-
-def test_the_states_of_least_fall_are_deleted(monkeypatch):
-    y = np.array([3, 3, 3, 3, 2.9, 2.9, 2.9, 2.9, 1, 1, 1, 1, 0.5])   # falls 0, 0.1, 1.9, 0.5
-    monkeypatch.setattr(prune, "curves_of", lambda model, questions, thinks: [
-        y[:len(thinks[0]) + 1]])
-    assert prune.deleted(None, None, ["abc;def;ghi"], np.argmin) == ["ghi"]
+# ------------------------------------------------------------------------------------------ dots
 
 def test_dots_can_go_either_way():
     for after, verdict in ((1.0, "supported"), (3.0, "refuted"), (2.0, "inconclusive")):

@@ -18,7 +18,7 @@ from conftest import KINDS, a_run, close, logp_at_end, odd, product, same, slow_
 import meta
 import train
 from data import arithmetic, tasks, text
-from lab import score
+from lab import run, score
 from lab.run import load, read_log
 
 Q = arithmetic.parse("(3+5)*2-7")
@@ -139,10 +139,22 @@ def test_pairs_are_a_right_output_and_a_wrong_one_of_the_same_question():
 @pytest.mark.parametrize("method", ("grpo", "dpo"))
 @pytest.mark.parametrize("reward", (1.0, 0.0))
 def test_without_a_signal_no_step_is_taken(tmp_path, base, monkeypatch, method, reward):
-    """All outputs equally good: Muon would make a step of any size out of a gradient of 0."""
-    monkeypatch.setattr(arithmetic, "reward", lambda q, output: reward)
+    """After two steps with one, all outputs are equally good: momentum must not go on alone."""
+    saved, judged, real = [load(base / "ckpt.pt")["model"]["weights"]], [], run.save
+
+    def judge(q, output):
+        judged.append(output)
+        return odd(q, output) if len(judged) <= 16 else reward
+
+    def save(path, **state):
+        saved.append({name: w.clone() for name, w in state["model"]["weights"].items()})
+        real(path, **state)
+    monkeypatch.setattr(arithmetic, "reward", judge)
+    monkeypatch.setattr(run, "save", save)
     a_run(method, tmp_path, f"--init={base / 'ckpt.pt'}")
-    same(load(tmp_path / "ckpt.pt")["model"], load(base / "ckpt.pt")["model"])
+    start, *after = saved
+    assert len(after) == 3 and not torch.equal(start["head.weight"], after[0]["head.weight"])
+    same(after[1:], [after[0]] * 2)
 
 def stopped_within_step(after, kind, out, init):
     """A run that gets SIGTERM within a step, and stops after it."""
