@@ -52,8 +52,7 @@ def run_arms(c, arms: dict, cells: str, samples: int = 0) -> dict:
     return found
 
 def facts_of(arm: str, seeds: list) -> dict:
-    """Says what an arm cost, and which weights it has. seeds: a chain of Stages for each. Seconds
-    are steps times the median step, of the seed that was disturbed least."""
+    """Says what an arm cost: steps times the median step, of the seed that was disturbed least."""
     logs = [[read_log(stage.folder) for stage in chain] for chain in seeds]
     steps = [[np.diff([0, *(line["seconds"] for line in log)]) for log in chain] for chain in logs]
     costs = [sum(len(times) * np.median(times) for times in chain) for chain in steps]
@@ -127,17 +126,19 @@ def train_arms(c, arms: dict) -> dict:
     return chains
 
 def train_all(c, stages: list):
-    """Trains what is missing, several runs at a time. They end with this process, or where one of
-    them fails, and save first."""
+    """Trains what is missing, several runs at a time. Where one fails, the others save and end."""
     waiting = {s.folder: s for s in stages if not (s.folder / "summary.json").exists()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = c.jobs or (1 if device_of(c).type == "cuda" else cores)
     threads = c.threads or max(1, cores // jobs)
     print(f"{len(waiting)} runs to train, {jobs} at a time")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    running, bar = {}, tqdm(total=len(waiting), unit="run", disable=None, dynamic_ncols=True)
+    caught, running = [], {}
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    bar = tqdm(total=len(waiting), unit="run", disable=None, dynamic_ncols=True)
     try:
         while waiting or running:
+            if caught:
+                raise SystemExit(128 + signal.SIGTERM)
             for stage in list(waiting.values()):
                 missing = {*waiting, *(other.folder for other in running.values())}
                 if len(running) < jobs and stage.after not in missing:
@@ -149,15 +150,13 @@ def train_all(c, stages: list):
     finally:
         for process in running:
             process.terminate()
-        for process in running:
             process.wait()
+        signal.signal(signal.SIGTERM, before)
         bar.close()
 
 def begin(stage: Stage, threads: int) -> subprocess.Popen:
-    """Starts a run, or goes on with it.
-
-    The script is named by its whole path, and this project is where Python looks first: a train.py
-    in the reader's folder is not run."""
+    """Starts a run, or goes on with it. Its script has a whole path, and this project is where
+    Python looks first: a train.py in the reader's folder is not run."""
     words = ["--resume"] if (stage.folder / "ckpt.pt").exists() else [*stage.words, "--overwrite"]
     command = [sys.executable, ROOT / stage.script, f"--out={stage.folder}", *words]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -170,8 +169,8 @@ def ended(process, stage: Stage):
     """Exits 2 with the last line that a failed run wrote."""
     if process.returncode:
         said = (stage.folder / "errors.txt").read_text(errors="replace").strip().splitlines()
-        last = said[-1] if said else f"exit code {process.returncode}"
-        fail(f"{stage.folder}: {last.removeprefix('error: ')}")
+        said = said or [f"exit code {process.returncode}"]
+        fail(f"{stage.folder}: {said[-1].removeprefix('error: ')}")
 
 
 # ------------------------------------------------------------------------------------ evaluation

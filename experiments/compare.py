@@ -18,8 +18,7 @@ TRAINS, draw = True, draw_arms
 
 
 def named(arms: tuple):
-    """Names arms by a name before a colon, or by how they differ -> ({name: flags}, how all
-    begin)."""
+    """Names arms by a name before a colon or by how they differ -> ({name: flags}, their start)."""
     given = [re.fullmatch(r"(?:([^-=:|][^=:|]*):)?(.*)", arm, re.S).groups() for arm in arms]
     shared, found = os.path.commonprefix([flags.split() for _, flags in given]), {}
     for name, flags in given:

@@ -17,13 +17,14 @@ All differences are between shares right on the same held-out questions, greedy 
 nothing else is said, and intervals are over seeds. Supported where all 95 % intervals lie above 0,
 refuted where one lies below, else inconclusive; not testable where no arm of a part is right in a
 tenth more than who always says the commonest digit."""
-LABELS = {"exact": "right", "direct": "right in the head", "pass": "Pass@8", "mg": "mG-Pass@8"}
+LABELS = {"exact": "right (dotted: commonest digit)", "direct": "right in the head",
+          "pass": "Pass@8", "mg": "mG-Pass@8"}
 
 
 def label(a: str, b: str, metric: str, cells: str) -> str:
     """Names a difference."""
-    words = [f"{a} - {b}", LABELS.get(metric, f"asked {metric}"), cells]
-    return ", ".join(word for word in words if word != LABELS["exact"])
+    how = "" if metric == "exact" else f"{LABELS.get(metric, f'asked {metric}')}, "
+    return f"{a} - {b}, {how}{cells}"
 
 def draw_arms(numbers):
     """Differences around a line at zero, a dot per seed, beside the shares of every arm."""
@@ -35,8 +36,7 @@ def draw_arms(numbers):
     for ax, (cells, metric) in zip(axes[1:], shown):
         named = {f"{name} ({arm['seconds']:.0f} s)": arm["scores"][metric]
                  for name, arm in asked[cells]["arms"].items()}
-        bars(ax, named, title=f"{cells} (dotted: commonest digit)", xlim=(0, 1),
-             xlabel=LABELS.get(metric, f"right, asked {metric}"))
+        bars(ax, named, title=cells, xlim=(0, 1), xlabel=LABELS.get(metric, f"asked {metric}"))
         ax.axvline(asked[cells]["commonest"], color="#999999", lw=0.8, ls=":")
         ax.tick_params(axis="y", labelsize=7)
     return fig

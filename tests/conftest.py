@@ -63,7 +63,6 @@ def slow_nll(model, row, weights={}):
     return losses
 
 def same(a, b):
-    """Asserts that nested numbers and tensors are equal, bit for bit."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,6 @@ def inner_of(model):
     return inner
 
 def some_questions():
-    """Questions and trajectories of different lengths."""
     rng = random.Random(0)
     questions = [Q, *(arithmetic.draw(rng, "expr", n, "test") for n in (3, 6, 5))]
     return questions, [THINK, *(arithmetic.trajectory(q, rng) for q in questions[1:])]
@@ -36,7 +35,6 @@ def loss_of(model, q, think="", weights={}, answer=None):
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_one_pass_equals_every_prefix_one_at_a_time(tiny, dtype, tolerance):
-    """Sequences of different lengths side by side, several batches."""
     (questions, thinks), model = some_questions(), tiny.to(dtype)
     found = analyze.prefix_logp(model, questions, thinks, size=3)
     curves = analyze.curves_of(model, questions, thinks)
@@ -48,15 +46,6 @@ def test_one_pass_equals_every_prefix_one_at_a_time(tiny, dtype, tolerance):
         for curve, answer in zip(both, (int(q.answer), 7)):
             close(curve, -slow[:, answer], tolerance)
     assert analyze.at_states(np.arange(len(THINK) + 1), THINK).tolist() == [0, 7, 11, 13]
-
-def test_direct_answers_are_those_of_each_question_alone(tiny):
-    questions, thinks = some_questions()
-    for shown in (None, thinks):
-        logp = analyze.direct_logp(tiny, questions, thinks=shown)
-        for q, t, row in zip(questions, shown or [""] * 4, logp):
-            close(row, logp_at_end(tiny, text.prompt(q.text, t))[:10])
-    losses = [loss_of(tiny, q, t) for q, t in zip(questions, thinks)]
-    close(analyze.nll_of(logp.detach(), questions), losses)
 
 def test_explicit_curves_are_those_of_each_prefix_alone(tiny):
     """Weights written out for every number of states; also along another question's trajectory."""
@@ -70,12 +59,11 @@ def test_explicit_curves_are_those_of_each_prefix_alone(tiny):
             close(curve, [loss_of(tiny, q, "", weights) for weights in ({}, *moved)])
 
 
-def silent(model):
-    """A model with a block whose hidden units never fire."""
+def with_silent_units(model):
     model.blocks[1].up.weight.data.zero_()
     return model
 
-MODELS = [lambda model: model, silent, lambda model: analyze.untrained(model).double()]
+MODELS = [lambda model: model, with_silent_units, lambda model: analyze.untrained(model).double()]
 
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("change", MODELS, ids=["as it is", "silent", "untrained"])

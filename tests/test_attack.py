@@ -25,7 +25,6 @@ MAINS = {"train": train.main, "meta": meta.main, "analyze": experiments.main}
 
 
 def contents(folder):
-    """{path: bytes} of all files in a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def start(script, args, before=None):
@@ -150,7 +149,6 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched_or_executed(base
         assert contents(tmp_path) == before and os.listdir() == ["run"]
 
 def test_a_log_with_a_gap_is_refused_and_one_torn_after_the_checkpoint_is_not(base, tmp_path):
-    """A line that is missing, one that is no JSON, too few."""
     out = tmp_path / "run"
     shutil.copytree(base, out)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -166,36 +164,32 @@ def test_a_log_with_a_gap_is_refused_and_one_torn_after_the_checkpoint_is_not(ba
 
 # A command line : a word of the answer.
 LINES = {"train": """
-    --stepz=3 : stepz | --steps=0 : steps | --steps=-4 : steps | --steps=many : steps |
-    --steps=٣ : steps | --steps=1_0 : steps | --steps=1.5 : steps | --lr=nan : lr | --lr=inf : lr |
-    --lr=1e400 : lr | --seed=1 --seed=2 : twice | --see=1 : see | --out=-- : value | --out : out |
-    -x : -x | extra : extra | --resume=1 : value | --resume : resume | --asides=maybe : asides |
-    --resume --overwrite : choose | --method=ppo : sft | --method=grpo : init |
-    --method=dpo --init=x --style=short : style | --group=4 : group | --width=16 : multiple |
+    --stepz=3 : stepz | --steps=0 : steps | --steps=-4 : steps | --steps=many : steps | -x : -x |
+    --steps=٣ : steps | --steps=1_0 : steps | --lr=nan : lr | --lr=1e400 : lr | --see=1 : see |
+    --seed=1 --seed=2 : twice | --out=-- : value | --out : out | extra : extra | --ask= : empty |
+    --resume=1 : value | --resume : resume | --resume --overwrite : choose | --group=4 : group |
+    --method=ppo : sft | --method=grpo : init | --method=dpo --init=x --style=short : style |
     --method=grpo --init=x --update=99 : update | --method=grpo --init=x --group=7 : group |
-    --support=4 : pool | --pool=9 --domains=expr --operands=2 --support=9 : trajectories |
-    --style=loud : loud | --style=states,,short : style | --domains=chain : chain |
-    --domains=, : domains | --operands=9 : operands | --operands=3,,4 : operands |
-    --operands=, : operands | --ops=/ : ops | --direct=1 : direct | --direct=9 : direct |
-    --init=nowhere : nowhere | --init=foreign : foreign | --out=/dev/null/run : /dev/null |
-    --out=foreign/run : foreign | --ask=3+4 : checkpoint | --ask=3+x : 'x' | --ask=12+3 : digits |
-    --ask=3+4 --steps=3 : steps | --ask= : empty | --out=BASE : overwrite |
-    --out=BASE --resume --lr=0.5 : 0.5 | --out=BASE --resume --steps=99 : 99 |
-    --out=BASE --overwrite --init=BASE/ckpt.pt : overwritten""", "meta": """
+    --pool=9 --domains=expr --operands=2 --support=9 : trajectories | --support=4 : pool |
+    --style=states,,short : style | --domains=chain : chain | --domains=, : domains |
+    --operands=9 : operands | --operands=3,,4 : operands | --operands=, : operands | --ops=/ : ops |
+    --width=16 : multiple | --direct=1 : direct | --direct=9 : direct | --init=nowhere : nowhere |
+    --init=foreign : foreign | --out=/dev/null/run : /dev/null | --out=foreign/run : foreign |
+    --ask=3+4 : checkpoint | --ask=3+x : 'x' | --ask=12+3 : digits | --ask=3+4 --steps=3 : steps |
+    --out=BASE : overwrite | --out=BASE --resume --lr=0.5 : 0.5 | --out=BASE --resume --steps=9 : 9
+    | --out=BASE --overwrite --init=BASE/ckpt.pt : overwritten""", "meta": """
     --operands=3,,4 : operands | --operands=9 : operands | --fast=9.up : 9.up | --K=0 : K |
     --algo=anil --fast=0.up : layer | --algo=sgd : algo | --queries=1 : queries | --tau=0 : tau |
-    --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign | --alpha=-1 : alpha""",
-    "analyze": """
+    --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign""", "analyze": """
     nope : nope | curve curve : twice | compare : arms | compare --arm=--steps=3 : arms |
-    curve --arm=a --arm=b : arms | --cells=expr:9 : cells | --cells=expr : cells |
-    curve --questions=0 : questions | report : report | curve --redraw : curve | --tag=a/b : tag |
+    curve --arm=a --arm=b : arms | --cells=expr:9 : cells | --cells=expr : cells | --tag=a/b : tag |
+    curve --questions=0 : questions | report : report | curve --redraw : curve |
     curve --sft=mistyped : mistyped | explicit --sft=a,b --meta=c,d,e : pairs |
     explicit --sft=BASE --meta=BASE : meta.py"""}
 
 @pytest.mark.parametrize("script", LINES)
 def test_a_bad_command_line_is_one_line_and_changes_nothing(script, base, tmp_path, monkeypatch,
                                                             exits):
-    """Exit code 2, no traceback, before anything is trained."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign").write_bytes(b"PK not really")
     monkeypatch.setattr(run.Run, "__enter__", lambda self: pytest.fail("training began"))

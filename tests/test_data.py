@@ -100,7 +100,6 @@ def test_splits_are_disjoint_over_seeds_domains_and_sizes():
 @pytest.mark.parametrize("domain,n", CELLS)
 def test_every_trajectory_passes_its_checker_and_a_corrupted_one_from_its_wrong_step_on_does_not(
         domain, n):
-    """It ends at the answer, or at another one; of questions that are what was asked for."""
     rng, operators, corrupted = random.Random(n), {"expr": "+-*", "sum": "+", "chain": "+-"}, 0
     for style, part in itertools.product(STEPWISE, ("train", "val", "test") * 12):
         q = arithmetic.draw(rng, domain, n, part)
@@ -243,11 +242,9 @@ def held_out(s):
     return found
 
 def shown(ids):
-    """What stands in a row, asides not counted."""
     return text.decode(i for i in ids if i not in (text.PAD, text.END_THINK))
 
 def bracket_at_end(s):
-    """The inside of the bracket that a text ends with."""
     first = max(i for i in range(len(s)) if s[i] == "(" and s[i:].count("(") == s[i:].count(")"))
     return s[first + 1:-1]
 
@@ -279,7 +276,6 @@ def test_sft_sees_no_held_out_question(mix):
 
 @pytest.mark.parametrize("flags", [{}, {"operands": "3"}, {"style": "steps"}, {"queries": 7}])
 def test_meta_training_sees_no_held_out_question(monkeypatch, flags):
-    """Neither in its support set nor in its query set, whose asides ask for brackets."""
     monkeypatch.setattr(text, "batch", lambda rows, device: rows)
     some = tasks.tasks_at(0, meta.Meta(batch=400, **flags))
     for row in tasks.support(some) + tasks.query(some):
@@ -310,7 +306,6 @@ class Writer:
 
 @pytest.mark.parametrize("method", ("grpo", "dpo"))
 def test_reinforcement_learns_from_no_held_out_question(method):
-    """Though the model writes many: they enter no gradient."""
     model, c = Writer(), train.Train(method=method, batch=320, group=8)
     for step in range(3):
         train.METHODS[method](c, model, train.mix_of(c), step, model)
@@ -319,7 +314,6 @@ def test_reinforcement_learns_from_no_held_out_question(method):
 
 
 def test_tasks_are_a_function_of_seed_and_step_and_hold_what_they_promise():
-    """Trajectories, whole or cut, and first a question that they help to answer."""
     c, kinds = meta.Meta(batch=300, queries=3), {"itself": 0, "relative": 0, "beyond": 0}
     some = tasks.tasks_at(3, c)
     assert some[:20] == tasks.tasks_at(3, c)[:20] != tasks.tasks_at(4, c)[:20]

@@ -63,7 +63,6 @@ def test_attention_of_any_shape_equals_a_slow_loop(seed):
 @pytest.mark.parametrize("S", (7, 130))
 @pytest.mark.parametrize("twice", (False, True))
 def test_more_keys_than_queries_without_a_mask_are_refused(S, twice):
-    """They would mean two things."""
     with pytest.raises(AssertionError, match="mask"):
         attention(*qkv(3, S), None, twice)
 
@@ -103,8 +102,7 @@ def test_the_token_before_matters_but_to_the_end_of_thinking(tiny):
         assert bool((tiny(ids, other)[0, -1] - tiny(ids)[0, -1]).abs().max() > 1e-6) == matters
 
 
-class OnCuda(torch.Tensor):
-    """A CPU tensor that says it is a CUDA one."""
+class SaysItIsOnCuda(torch.Tensor):
     is_cuda = True
 
 @pytest.mark.parametrize("tau", (1.0, 3.0))
@@ -116,7 +114,7 @@ def test_scores_are_negative_log_likelihoods_on_either_branch(tiny, tau):
     logp = (h @ tiny.head.weight.T / tau).log_softmax(-1)
     slow = -logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
     expected = torch.autograd.grad(slow.sin().sum(), (h, tiny.head.weight), retain_graph=True)
-    for states in (h, h.as_subclass(OnCuda)):
+    for states in (h, h.as_subclass(SaysItIsOnCuda)):
         nll = tiny.score(states, targets, tau).as_subclass(torch.Tensor)
         close(nll, slow)
         for a, b in zip(torch.autograd.grad(nll.sin().sum(), (h, tiny.head.weight)), expected):
@@ -133,8 +131,7 @@ def test_losses_and_gradients_are_float32_where_bfloat16_is_computed(tiny):
     assert 1e-4 < (rough - exact).norm() / exact.norm() < 0.1
 
 
-def continued(model, prompt, stop, n):
-    """A greedy continuation, every token from a full forward pass."""
+def continued_without_cache(model, prompt, stop, n):
     ids = list(prompt)
     for _ in range(n):
         new = int(logp_at_end(model, ids).argmax())
@@ -145,10 +142,10 @@ def continued(model, prompt, stop, n):
 
 @pytest.mark.parametrize("kind", ("eos", "never", "met"))
 def test_cached_generation_side_by_side_equals_uncached_one_at_a_time(tiny, kind):
-    met = continued(tiny, RAGGED[0], -1, 12)[-1]
+    met = continued_without_cache(tiny, RAGGED[0], -1, 12)[-1]
     stop = {"eos": text.EOS, "never": -1, "met": met}[kind]
     rows = tiny.generate(RAGGED, stop, 24)
-    assert rows == [continued(tiny, prompt, stop, 24) for prompt in RAGGED]
+    assert rows == [continued_without_cache(tiny, prompt, stop, 24) for prompt in RAGGED]
     assert rows == [tiny.generate([prompt], stop, 24)[0] for prompt in RAGGED]
     assert (min(map(len, rows)) < 24) == (kind != "never")
     for prompts in ([], [[1, 2], []]):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,6 @@ def log_likelihood(model, output):
 
 
 def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny, monkeypatch):
-    """Over the whole batch, in pieces; of all styles."""
     monkeypatch.setattr(train, "PIECE", 4)
     c, mix = train.Train(batch=10), text.Mix(operands=(3, 4), styles=arithmetic.STYLES)
     numbers, found = train.sft(c, tiny, mix, 5), grads(tiny)
@@ -55,7 +55,6 @@ def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny, monkeypatch)
 OUTPUTS = ["(8*2)-7;6-7;9</think>9<eos>", "9</think>9<eos>", "8</think>1<eos>", "</think>3<eos>"]
 
 def preference_loss(model):
-    """Of two pairs, by train.py, made-up references given."""
     ref = torch.tensor([-9.0, -8.0, -7.0, -9.0], dtype=torch.float64).split(2)
     now = train.log_prob(model, [Q] * 4, ids_of(OUTPUTS))[0].sum(1).split(2)
     return train.dpo_loss(*now, *ref, 0.3)[0]
@@ -97,10 +96,7 @@ class Writer:
     def generate(self, prompts, stop, *_):
         return [[i for i in ids if i != stop] for ids in self.outputs * (len(prompts) // 4)]
 
-class OneQuestion:
-    """A mix that asks Q."""
-    def lesson(self, rng):
-        return Q, []
+ONE_QUESTION = SimpleNamespace(lesson=lambda rng: (Q, []))
 
 @pytest.mark.parametrize("update", (0, 2))
 def test_grpo_moves_along_advantage_times_log_likelihood(tiny, update):
@@ -108,7 +104,7 @@ def test_grpo_moves_along_advantage_times_log_likelihood(tiny, update):
     with a held-out question in it."""
     outputs = [OUTPUTS[0], f"{HELD}</think>9<eos>", *OUTPUTS[2:]]
     c = train.Train(method="grpo", batch=8, group=4, update=update)
-    numbers = train.grpo(c, Writer(tiny, outputs), OneQuestion(), 3)
+    numbers = train.grpo(c, Writer(tiny, outputs), ONE_QUESTION, 3)
     found, rng, length = grads(tiny), random.Random("update/0/3"), len(ids_of(outputs)[0])
     for j in [*rng.sample(range(4), update or 4), *rng.sample(range(4), update or 4)]:
         A = (0.5, 0, -0.5, -0.5)[j]
@@ -118,7 +114,7 @@ def test_grpo_moves_along_advantage_times_log_likelihood(tiny, update):
 
 def test_dpo_starts_at_ln_2_and_prefers_right_outputs(tiny):
     c, writer = train.Train(method="dpo", batch=8, group=4), Writer(tiny, OUTPUTS)
-    numbers = train.dpo(c, writer, OneQuestion(), 0, writer)
+    numbers = train.dpo(c, writer, ONE_QUESTION, 0, writer)
     assert numbers["loss"] == pytest.approx(math.log(2)) and numbers["signal"] == 4
     before = [log_likelihood(tiny, OUTPUTS[k]) for k in (0, 2)]
     for p in tiny.parameters():
@@ -214,7 +210,6 @@ train.main()
 print(hashlib.sha256(repr(tasks.tasks_at(0, meta.Meta())).encode()).hexdigest())"""
 
 def test_a_run_does_not_depend_on_the_process_nor_on_its_hash_seed(tmp_path, base):
-    """Another process with another PYTHONHASHSEED makes the same bits, and the same tasks."""
     env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(train.__file__).parent)}
     words = [sys.executable, "-c", SCRIPT, f"--out={tmp_path}", *KINDS["sft"]]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
@@ -223,7 +218,6 @@ def test_a_run_does_not_depend_on_the_process_nor_on_its_hash_seed(tmp_path, bas
     same(product(tmp_path), product(base))
 
 def test_a_run_leaves_what_a_program_can_compare(base):
-    """Shares of right answers are those of one question at a time."""
     files = {path.stem: path for path in base.iterdir()}
     summary, config = (json.loads(files[name].read_text()) for name in ("summary", "config"))
     (model, state), log = train.load_model(files["ckpt"]), read_log(base)
