@@ -189,13 +189,13 @@ def draw(numbers):
         rows = [(i, table[kind][where]) for i, kind in enumerate(LABELS) if where in table[kind]]
         whiskers(kinds, [i + shift for i, _ in rows], [row for _, row in rows], COLOURS[colour],
                  fmt="o", label=label)
-    for name, share in lines.items():
+    for (name, share), va in zip(lines.items(), ("top", "bottom")):
         kinds.axhline(share, color="#bbbbbb", lw=0.8, ls=":", zorder=0)
-        kinds.text(len(LABELS) - 0.5, share, name, fontsize=6, color="#777777", ha="right")
+        kinds.text(-0.7, share, name, fontsize=6, color="#777777", va=va)
     kinds.set_xticks(range(len(LABELS)), LABELS.values(), fontsize=6, rotation=60)
     kinds.set(title=f"What theta' answers after a trajectory of {n} operands", ylabel="right",
-              ylim=(0, 1.03))
-    kinds.legend(fontsize=7)
+              ylim=(0, 1.2), xlim=(-0.8, len(LABELS) - 0.5))
+    kinds.legend(fontsize=7, ncols=3, loc="upper center")
 
     names = {"context": ("correct", "in the context"), "weights": ("weights", "in the weights"),
              "other": ("other", "in the weights, another question's")}
@@ -204,13 +204,13 @@ def draw(numbers):
         band(curves, range(len(y)), y, COLOURS[colour], label)
     curves.set(title="The same trajectory, in the context and in the weights",
                xlabel="states of the trajectory", ylabel="loss of the answer (nats)",
-               ylim=(0, None))
+               ylim=(0, 2.5))
     for name, colour, label in (("L_support", "filler", "of the trajectory, per token"),
                                 ("L_q", "weights", "of the answer")):
         band(along, ALONG, numbers["along"][name], COLOURS[colour], label)
     along.axvline(1, color="#cccccc", lw=0.8, zorder=0)
     along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
-              ylim=(0, None))
+              ylim=(0, 2.5))
     for ax in (curves, along):
         chance_line(ax)
         ax.legend(fontsize=7)
