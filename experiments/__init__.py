@@ -216,6 +216,8 @@ def redraw(c):
     from experiments import page
     folder = Path(c.out) / "figures"
     paths = [folder / f"{name}.json" for name in c.names] or sorted(folder.glob("*.json"))
+    if not paths:
+        fail(f"there is nothing in {folder} to draw from")
     for path in paths:
         if not path.exists():
             fail(f"there is no {path} to draw from")

@@ -93,7 +93,8 @@ def exact_match(model, cells: dict, n: int, part: str = "test"):
             ok = arithmetic.verify(q, a)
             cell.setdefault((q.domain, str(q.operands)), []).append(ok)
             if not ok and mode == "trajectory" and q.trained:
-                mistakes.append(f"{q.text} -> {t} -> {a or '(no answer)'}, but it is {q.answer}")
+                says = a or "(no answer)"
+                mistakes.append(f"{q.text} -> {t[:60]} -> {says}, but it is {q.answer}")
         for (domain, k), verdicts in cell.items():
             share = sum(verdicts) / len(verdicts)
             table.setdefault(domain, {}).setdefault(k, {})[mode] = share
