@@ -7,7 +7,8 @@ answer, so this one descends the trajectory's own loss:
     inner loop (Eq. 4)   theta' = theta - alpha grad L_support(theta)
                          L_support: the trajectory's own NLL
     outer loop (Eq. 8)   min_theta  sum over questions of  L_q(theta')
-                         L_q: the NLL of answers after `<think></think>`
+                         L_q: the NLL of answers after `<think></think>`, and of the value of
+                         every bracket of the question
 
 A question with its trajectory is a task (data/tasks.py), the trajectory is its support set, and
 several questions that are asked of the same theta' are its query set.
@@ -194,8 +195,8 @@ def moved(inner: Inner, updates: list, G: int):
         rows = x.reshape(G, -1, x.size(-1))                 # (G, M, in): a question's tokens
         for k, update in enumerate(updates):
             X, D = update[name]                             # (G, P, in), (G, P, out)
-            keys = rows @ X.mT                              # (G, M, P)
-            y = y - (inner.rate(name, k).to(y.dtype) * keys @ D).view_as(y)
+            scores = rows @ X.mT                            # (G, M, P)
+            y = y - (inner.rate(name, k).to(y.dtype) * scores @ D).view_as(y)
         return y
     return hook
 
@@ -283,9 +284,11 @@ def start(c: Meta, device):
     """Loads theta from --init, trained first if that is the default and missing, or from the run
     that is resumed -> (model, its Inner)."""
     path = Path(c.out) / "ckpt.pt" if c.resume else Path(c.init)
-    if not path.exists() and c.init == Meta.init:
+    whole = (path.parent / "summary.json").exists()
+    if not c.resume and not whole and c.init == Meta.init:
         print("training the model to start from")
-        train.train(*flags(train.Train, [f"--device={c.device}"]))
+        words = ["--resume" if path.exists() else "--overwrite", f"--device={c.device}"]
+        train.train(*flags(train.Train, words))
     model, _ = train.load_model(path, device)
     torch.manual_seed(c.seed)
     try:
@@ -320,11 +323,12 @@ KINDS = ("sibling", "swapped", "left", "right", "beyond", "cut", "whole", "unrel
 def trial(q, others: list, kind: str, style: str, rng: random.Random):
     """Draws the Task that a question is tested with, one query, or None where there is none.
 
-    sibling, swapped, left, right: see `arithmetic.relatives`; the trajectory lacks its last state.
+    sibling, swapped, left, right: see `arithmetic.relatives`; the trajectory lacks its last state,
+    and left or right is no mere fact.
     beyond: an operation more; the trajectory is whole. cut, whole: the question itself, the last
     state missing or not. unrelated, fact: a question as long as the trajectory's, or of two
     operands, that has nothing to do with it. other: the question itself after another question's
-    trajectory."""
+    trajectory, its last state missing."""
     steps = arithmetic.steps(q, rng, style)[0]
     if kind in ("whole", "beyond"):
         asked = q if kind == "whole" else arithmetic.beyond(q, rng)
@@ -336,11 +340,13 @@ def trial(q, others: list, kind: str, style: str, rng: random.Random):
         other = rng.choice(unlike)
         if kind == "unrelated":
             return Task(q, steps[:-1], [other], False)
-        return Task(other, arithmetic.steps(other, rng, style)[0], [q])
+        return Task(other, arithmetic.steps(other, rng, style)[0][:-1], [q], False)
     if kind == "fact":
         return Task(q, steps[:-1], [arithmetic.draw(rng, "expr", 2)], False)
     asked = q if kind == "cut" else arithmetic.relatives(q).get(kind)
-    return Task(q, steps[:-1], [asked], False) if asked else None
+    if not asked or kind in ("left", "right") and asked.operands == 2:
+        return None
+    return Task(q, steps[:-1], [asked], False)
 
 def answers(model, inner, batch: list, where: str, size: int = 256) -> list:
     """Greedy answers (texts) to the one query of every Task.

@@ -88,8 +88,8 @@ def dpo_loss(better, worse, ref_better, ref_worse, beta=BETA):
 def policy_loss(logp, old, mask, advantage, length, clip=CLIP):
     """GRPO:  L = -E_t min[rho_t A, clip(rho_t, 1 - eps, 1 + eps) A],  rho_t = p_theta / p_old.
 
-    logp, old, mask (N, T), advantage (N,). The sum over tokens is divided by a constant `length`:
-    an output's own length would favour long wrong ones (2503.20783). Here every batch is used once,
+    logp, old, mask (N, T), advantage (N,). The sum over tokens is divided by one `length` for all:
+    an output's own would favour long wrong ones (2503.20783). Here every batch is used once,
     so that rho is 1 and the clip is never reached; the formula is the paper's."""
     A, rho = advantage[:, None], (logp - old).exp()
     gain = torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A)

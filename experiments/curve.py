@@ -4,8 +4,7 @@ L_hat is the NLL of the answer's digit after a part of a trajectory (Algorithm 3
 held out and have six operands.
 
 direction: L_hat falls along a correct trajectory, and further than along one with a mistake in it,
-    than along another question's, and than along as many dots. The model's own outputs, sampled at
-    temperature 1, are judged alike: it falls further along right ones than along wrong ones.
+    than along another question's, and than along as many dots.
 progressive: the median question's largest step is less than 2/3 of its whole fall, and the median
     question falls in two effective steps or more, (sum d)^2 / sum d^2 of its falls d from state to
     state. (A question that falls by less than 0.5 nats says nothing and is left out.)
@@ -19,8 +18,8 @@ states replace one another: with two operands left, the last state alone (all ea
     gives the right answer at least 0.9 times as often as the whole trajectory does.
 
 Supported where all 95 % intervals over questions lie above 0, refuted where one lies below, else
-inconclusive. Further interventions, without a verdict: the last state swapped for another
-question's; a detour back to a longer state.
+inconclusive. Shown without a verdict: the model's own right and wrong outputs, sampled at
+temperature 1; the last state swapped for another question's; a detour back to a longer state.
 """
 import random
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from analyze import at_states, curves_of, direct_logp, nll_of
 from data import arithmetic, text
 from experiments import cell_of, others_of
 from experiments.figure import COLOURS, band, chance_line, panels
+from lab.flags import fail
 from lab.score import held_out, respond
 from lab.verdict import bootstrap, decide, interval, rule, widened
 
@@ -60,6 +60,8 @@ class Raw(NamedTuple):
 def measure(c, runs):
     model, rng = runs.sft(), random.Random(c.seed)
     questions, title = cell_of(c)
+    if questions[0].operands <= max(LEFT):
+        fail(f"--cells={c.cells}: curve wants questions of more than {max(LEFT)} operands")
     steps = [arithmetic.steps(q, rng)[0] for q in questions]
     wrong = [arithmetic.corrupt(q, rng) or (t, q.answer) for q, t in zip(questions, steps)]
     trajectories = {"correct": steps, "wrong": [t for t, _ in wrong],
@@ -191,7 +193,7 @@ def sliding(states):
             for i in range(len(means) - 1) if means[i] > 0.1}
 
 def rank_correlation(pairs, axis):
-    """Spearman's, over pairs (..., N, 2) without ties."""
+    """Spearman's, over pairs (..., N, 2). Ties, which a bootstrap draws, keep their order."""
     r = pairs.argsort(axis).argsort(axis).astype(float)
     r = r - r.mean(axis, keepdims=True)
     return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))

@@ -3,8 +3,8 @@
 Arms differ in their training rows: as ever; without asides, so that the answer is asked at the end
 alone; + and - alone, without the products by 0 that end a question early; the style `steps`, whose
 trajectories say what was done instead of what is left; a quarter of the samples being questions of
-three operands, asked directly; half and twice the steps. Of each, L_hat is
-read after whole states of correct trajectories of six operands, as in `curve`.
+three operands, asked directly; half and twice the steps. Of each, L_hat is read after whole states
+of correct trajectories of six operands, as in `curve`.
 
 slope: when three operands are left, at least a quarter of the mean fall is done. Not testable where
     it all falls by less than half a nat.
@@ -78,7 +78,7 @@ def draw(numbers):
     chance_line(curves)
     curves.set(xlabel="states of the correct trajectory", ylim=(0, None),
                ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
-    curves.legend(fontsize=7)
+    curves.legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.42, 0.47))
     bars(exact, {name: arm["right"] for name, arm in numbers["arms"].items()}, xlim=(0, 1),
          xlabel="right, after its own trajectory")
     return fig

@@ -1,17 +1,19 @@
 """What does theta' know after it was moved along a trajectory? (Eq. 4, made explicit)
 
 theta' is theta moved along a trajectory by one inner step, and is then asked questions without any.
-Everything is held out; sizes are the operand counts of the trajectory's question, as in training.
+The trajectory's question is held out; most of what is asked about it is not. Sizes are its operand
+counts, as in training.
 
 it carries results: asked another operation on the trajectory's last two results, the two swapped,
     one of them, an operation beyond, or the question itself, theta' of the largest trained size is
-    right more often than theta, and than theta' after another question's trajectory.
+    right more often than theta. Asked the question itself, it is so more often than theta' after
+    another question's trajectory.
 it leaves the rest alone: facts, and unrelated questions as long as the trajectory's, are answered
     at most 3 points worse than by theta.
-as the context does: asked the same, theta' is at most 3 points worse than the trajectory in the
-    context.
-the step descends: along theta + s (theta' - theta) the trajectory's own loss is lower at s = 1 than
-    at 0.
+as the context does: asked the question itself, with the last state missing or not, theta' is at
+    most 3 points worse than the trajectory in the context.
+the step descends: along theta + s (theta' - theta) the inner loop's own loss, at its temperature,
+    is lower at s = 1 than at 0.
 two curves coincide: L_q(theta'_i) after i states in the weights and L_hat after i states in the
     context agree question by question, for 1 <= i < n: a rank correlation of at least 0.8 of that
     between the context and the context along another order of the same steps, and a distance of at
@@ -51,7 +53,7 @@ class Raw(NamedTuple):
     table: dict                             # {operands: {kind: {where: truths}}}
     lines: dict                             # {operands: share of {commonest, shallow}}
     curves: dict                            # {context, reordered, weights, other: (N, n + 1)}
-    along: dict                             # {L_support, L_q: (N, len(ALONG))}
+    along: dict                             # {inner loss, L_support, L_q: (N, len(ALONG))}
     carriers: dict                          # {what of the trajectory is left: truths}
 
 
@@ -92,18 +94,21 @@ def both_curves(model, inner, questions, style, rng):
 
 def along_the_step(model, inner, questions, style, rng):
     """One trajectory per question, its last state missing, asked another operation on its results
-    -> ({L_support, L_q: along the step}, {what of the trajectory the step is made of: truths})"""
+    -> ({inner loss, L_support at temperature 1, L_q: along the step}, {what of the trajectory the
+    step is made of: truths})"""
     steps = [arithmetic.steps(q, rng, style)[0][:-1] for q in questions]
     asked = [arithmetic.relatives(q)["sibling"] for q in questions]
     rows = support([Task(q, t, [a], False) for q, t, a in zip(questions, steps, asked)],
                    model.device)
     updates = adapt(model, inner, rows, order=1).updates
-    n_targets, losses = (rows.inner >= 0).sum(1), {"L_support": [], "L_q": []}
+    n_targets, losses = (rows.inner >= 0).sum(1), {"inner": [], "L_support": [], "L_q": []}
     for s in ALONG:
         hook = moved(inner, scaled(updates, float(s)), len(questions))
         with torch.no_grad():
-            nll = model.score(model(**rows.inputs(), hook=hook), rows.inner)
-        losses["L_support"].append((nll.sum(1) / n_targets).cpu().numpy())
+            h = model(**rows.inputs(), hook=hook)
+        for name, tau in (("inner", inner.tau), ("L_support", 1.0)):
+            nll = model.score(h, inner.asked(rows), tau).detach()
+            losses[name].append((nll.sum(1) / n_targets).cpu().numpy())
         losses["L_q"].append(nll_of(direct_logp(model, asked, hook), asked))
 
     last = rows.step == rows.step.max(1, keepdim=True).values
@@ -131,21 +136,20 @@ def judge(raw):
     largest = raw.table[sizes[0]]
     def gap(kind, a, b, bonus=0.0):
         return largest[kind][a].astype(float) - largest[kind][b] + bonus
-    elsewhere = np.mean(largest["other"]["theta_prime"])
     margins = {
         "it carries results":
             {f"{kind}: theta' - theta": gap(kind, "theta_prime", "theta") for kind in CARRIED}
-            | {f"{kind}: theta' - after another's": largest[kind]["theta_prime"] - elsewhere
-               for kind in ("cut",)},
+            | {"cut: theta' - after another's": largest["cut"]["theta_prime"].astype(float)
+               - largest["other"]["theta_prime"]},
         "it leaves the rest alone":
             {f"{kind}: theta' - theta + 3 points": gap(kind, "theta_prime", "theta", 0.03)
              for kind in ("fact", "unrelated")},
         "as the context does":
             {f"{kind}: theta' - context + 3 points": gap(kind, "theta_prime", "in_context", 0.03)
-             for kind in CARRIED},
+             for kind in ("cut", "whole")},
         "the step descends":
-            {"L_support before - after":
-             raw.along["L_support"][:, 0] - raw.along["L_support"][:, list(ALONG).index(1.0)]}}
+            {"inner loss before - after":
+             raw.along["inner"][:, 0] - raw.along["inner"][:, list(ALONG).index(1.0)]}}
     verdicts, gaps = {}, {}
     for part, row in margins.items():
         verdicts[part], gaps[part] = decide(row)
@@ -165,18 +169,22 @@ def coincide(curves):
     level = widened(2 * len(inside))
     for i in inside:
         w, h, again = (curves[name][:, i] for name in ("weights", "context", "reordered"))
-        ceiling = rank_correlation(np.stack((h, again), 1)[None], 1)[0]
         closer = 0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h)
         for level_of, into in ((0.95, plain), (level, wide)):
-            row = bootstrap(np.stack((w, h), 1), rank_correlation, level=level_of)
-            into[f"{i} states: rank correlation - 0.8 of the ceiling"] = tuple(
-                rho - 0.8 * ceiling for rho in row)
+            into[f"{i} states: rank correlation - 0.8 of the ceiling"] = bootstrap(
+                np.stack((w, h, again), 1), below_ceiling, level=level_of)
             into[f"{i} states: half of swapped - distance"] = bootstrap(closer, level=level_of)
-        found["rank correlation"][i] = round(float(rank_correlation(np.stack((w, h), 1)[None],
-                                                                    1)[0]), 3)
-        found["ceiling"][i] = round(float(ceiling), 3)
+        for name, pair in (("rank correlation", (w, h)), ("ceiling", (h, again))):
+            found[name][i] = round(float(rank_correlation(np.stack(pair, 1), 0)), 3)
     gaps = {name: [round(float(x), 4) for x in row] for name, row in plain.items()}
     return rule(plain, wide), gaps, found
+
+
+def below_ceiling(triples, axis):
+    """(weights, context, context again), (..., N, 3) -> the first two's rank correlation less 0.8
+    of the last two's."""
+    return (rank_correlation(triples[..., :2], axis)
+            - 0.8 * rank_correlation(triples[..., 1:], axis))
 
 
 # ------------------------------------------------------------------------------------------ draw
@@ -205,12 +213,13 @@ def draw(numbers):
     curves.set(title="The same trajectory, in the context and in the weights",
                xlabel="states of the trajectory", ylabel="loss of the answer (nats)",
                ylim=(0, 2.5))
-    for name, colour, label in (("L_support", "filler", "of the trajectory, per token"),
+    for name, colour, label in (("inner", "other", "inner loss (at its temperature), per token"),
+                                ("L_support", "filler", "of the trajectory, per token"),
                                 ("L_q", "weights", "of the answer")):
         band(along, ALONG, numbers["along"][name], COLOURS[colour], label)
     along.axvline(1, color="#cccccc", lw=0.8, zorder=0)
     along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
-              ylim=(0, 2.5))
+              ylim=(0, 4.2))
     for ax in (curves, along):
         chance_line(ax)
         ax.legend(fontsize=7)

@@ -50,17 +50,6 @@ def band(ax, x, summaries, colour, label=None, style="-"):
     ax.plot(x, mean, style, color=colour, label=label, ms=3)
     ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
 
-def written_under(ax, tokens, values, colour, label=None):
-    """One trajectory: a value after every token, the tokens under the axis, a line after
-    each state."""
-    ax.plot(range(len(values)), values, "o-", color=colour, ms=2.5, lw=1, label=label)
-    size = 7 if len(tokens) < 26 else 6
-    ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=size, family="monospace")
-    ax.tick_params(axis="x", length=0)
-    for i, token in enumerate(tokens):
-        if token == ";":
-            ax.axvline(i + 1, color="#cccccc", lw=0.8, zorder=0)
-
 def whisker(ax, x, summary, colour, **options):
     """A bar with its interval, summary = [mean, low, high]."""
     mean, low, high = summary
@@ -92,18 +81,6 @@ def bars(ax, rows, **labels):
         ax.plot(row.get("seeds", []), [i] * len(row.get("seeds", [])), ".", color=INK, ms=3)
     ax.set_yticks(range(len(rows)), [textwrap.fill(name, 40) for name in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), **labels)
-
-def path_on(ax, sheet, sides, path, size=1.0):
-    """L_q over a plane, (b, a) values at sides = (a, b), and a path (points, 2) in it, from the
-    plus to the star. -> the shading, for a colour bar."""
-    high = max(float(np.quantile(sheet, 0.95)), 1e-3)
-    levels = np.linspace(0, high, 15)
-    shade = ax.contourf(*sides, np.minimum(sheet, high), levels, cmap="cividis")
-    ax.plot(*path.T, "-", color="black", lw=3)
-    ax.plot(*path.T, "o-", color="white", ms=4, mec="black", mew=0.5, lw=1.6)
-    ax.plot(*path[0], "P", color="white", ms=9 * size, mec="black")
-    ax.plot(*path[-1], "*", color="white", ms=13 * size, mec="black")
-    return shade
 
 def scale(fig, shade, ax):
     """The colour bar of a shading of L_q."""

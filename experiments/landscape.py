@@ -6,12 +6,12 @@ scaled row by row to the weights' norms. Theta itself stands in the middle of th
 lower at theta: the trajectory in the context lowers L_q, and more than another question's does,
     which restates that it helps.
 wider at a radius: its relative sharpness there, (L_ring - L_theta) / (1 + L_theta), is smaller than
-    without a trajectory, and than with another question's (after 1609.04836, with the mean over a
-    ring in place of the maximum). A ring is eight points in each of three random planes.
+    without a trajectory (after 1609.04836, with the mean over a ring in place of the maximum). A
+    ring is eight points in each of three random planes.
 
 Each part is supported where its 95 % intervals over questions lie above 0, refuted where one lies
-below, else inconclusive. A loss that is high can fall on a ring, and one near 0 only rise: where
-another question's trajectory counts as wider, this measure shows no basin of the right one's.
+below, else inconclusive. Another question's trajectory is shown without a vote: its loss is so high
+that on a ring it can only fall.
 """
 import copy
 import random
@@ -100,9 +100,8 @@ def margins(loss):
     without, context, other = (loss[name] for name in CONDITIONS)
     parts = {"lower at theta": {"without - in context": without[0] - context[0],
                                 "another's - in context": other[0] - context[0]}}
-    for radius, bare, own, theirs in zip(RADII, *map(sharpness, (without, context, other))):
-        parts[f"wider at {radius:g}"] = {"sharpness without - in context": bare - own,
-                                         "sharpness with another's - in context": theirs - own}
+    for radius, bare, own in zip(RADII, *map(sharpness, (without, context))):
+        parts[f"wider at {radius:g}"] = {"sharpness without - in context": bare - own}
     return parts
 
 

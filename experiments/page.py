@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from experiments import spoken
+from experiments import experiment_of, spoken
 from lab.flags import fail
 from lab.run import write
 
@@ -64,8 +64,10 @@ def section(name: str, result: dict, pictures: str) -> str:
     columns = 3 if others else 2
     table = "\n".join(f"| {' | '.join(row[:columns])} |" for row in [head, ["---"] * 3, *rows])
     verdicts = "\n".join(f"- **{line}**" for line in spoken(result["verdicts"]))
+    show = getattr(experiment_of(result["experiment"]), "show", lambda numbers: [])
+    shown = "\n".join(f"    {line}" for line in show(result["numbers"]))
     parts = [f"## {name}", f"{result['claim']}.", verdicts, f"![{name}]({pictures}{name}.png)",
-             result["criterion"], table if rows else "", origin(name, result)]
+             shown, result["criterion"], table if rows else "", origin(name, result)]
     return "\n\n".join(part for part in parts if part)
 
 def origin(name: str, result: dict) -> str:

@@ -1,1 +1,1 @@
-"""The bench: what every project needs and no paper mentions."""
+"""The bench: command lines, files and devices, scores, intervals."""

@@ -90,13 +90,3 @@ def rule(plain: dict, wide: dict) -> str:
     if all(low > 0 for _, low, _ in plain.values()):
         return "supported"
     return "refuted" if any(high < 0 for _, _, high in wide.values()) else "inconclusive"
-
-def ranks(values) -> np.ndarray:
-    """Ranks numbers, ties averaged."""
-    values = np.asarray(values)
-    return np.array([(np.sum(values < x) + np.sum(values <= x) - 1) / 2 for x in values])
-
-def spearman(a, b) -> float:
-    """Rank correlation of two sequences; 0 where one is constant."""
-    a, b = ranks(np.round(a, 6)), ranks(np.round(b, 6))
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else 0.0

@@ -72,12 +72,6 @@ def test_margins_decide_either_way(exits):
     assert verdict.widened(4) == pytest.approx(0.9875)          # Bonferroni
     exits(["19 questions", "'few'"], verdict.decide, {"few": np.ones(19)})
 
-def test_spearman_is_the_rank_correlation():
-    assert verdict.spearman([5, 4, 3, 1], range(4)) == pytest.approx(-1)
-    assert verdict.spearman([2, 2], [0, 1]) == 0
-    assert verdict.spearman([1, 1, 2, 3], [0, 1, 2, 3]) == pytest.approx(0.9 ** 0.5)
-
-
 @pytest.mark.parametrize("right", range(9))
 def test_pass_at_k_and_mg_pass_at_k_are_averages_over_all_subsets(right):
     n, k = 8, 4
