@@ -86,8 +86,7 @@ class Runs:
             path = Path(folder) / "ckpt.pt"
             if made and not (Path(folder) / "summary.json").exists():
                 print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
-                if path.exists():
-                    words = [*words[:2], "--resume"]
+                words = [*words[:2], "--resume"] if path.exists() else [*words, "--overwrite"]
                 name = script.__name__
                 getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
             self.loaded[folder] = load(path)
@@ -225,7 +224,8 @@ def redraw(c):
             result = page.read(path)
         except ValueError as e:
             fail(f"{path} is damaged: {e}")
-        experiment_of(result["experiment"]).draw(result["numbers"]).savefig(path.with_suffix(".png"))
+        figure = experiment_of(result["experiment"]).draw(result["numbers"])
+        figure.savefig(path.with_suffix(".png"))
         print(path.with_suffix(".png"))
 
 def check(c):
