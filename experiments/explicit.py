@@ -235,7 +235,7 @@ def draw(numbers):
 def show(numbers):
     lines = []
     for n, kinds in numbers["table"].items():
-        shares = [f"{kind} {100 * row['theta_prime'][0]:.0f}" for kind, row in kinds.items()
-                  if "theta_prime" in row]
-        lines.append(f"{n} operands, theta' right in %: {', '.join(shares)}")
+        shares = [f"{kind} {100 * row['theta_prime'][0]:.0f} ({100 * row['theta'][0]:.0f})"
+                  for kind, row in kinds.items() if row]
+        lines.append(f"{n} operands, theta' (theta) right in %: {', '.join(shares)}")
     return lines
