@@ -1,0 +1,84 @@
+"""`curve` and `explicit` decide on made-up data, either way, and draw from JSON alone."""
+import io
+import json
+
+import numpy as np
+import pytest
+
+from experiments import curve, explicit
+
+N = 100
+
+
+def noisy(rng, *levels):
+    """Curves of N questions around these levels."""
+    return np.array(levels) + 0.05 * rng.standard_normal((N, len(levels)))
+
+def drawn(module, numbers):
+    picture = io.BytesIO()
+    module.draw(json.loads(json.dumps(numbers))).savefig(picture)
+    assert len(picture.getvalue()) > 10_000
+
+def a_curve(rng, correct, alike=True, alone=True):
+    """What `curve.measure` gives; alike: what is left, asked alone, has the same loss."""
+    states = {kind: noisy(rng, 2, 4, 6, 8, 9, 9) for kind in ("wrong", "other", "filler")}
+    left = {n: 2 * rng.random(N) for n in curve.LEFT}
+    law = {n: (loss, loss + 0.01 * rng.standard_normal(N) if alike else rng.permutation(loss))
+           for n, loss in left.items()}
+    says = {name: np.ones(N, bool) for name in ("all states: the answer", "other")}
+    says["last state alone: the answer"] = np.arange(N) < (N if alone else N // 2)
+    predicted = correct[:, :-1] if alike else correct[:, -2::-1]
+    fall = noisy(rng, 1)[:, 0]
+    example = {"text": "1+2 = 3", "tokens": "1;3", "L_hat": [2, 1, 1, 0]}
+    return curve.Raw("made up", states | {"correct": correct}, {"right": fall, "wrong": -fall},
+                     predicted, law, says, fall, example)
+
+@pytest.mark.parametrize("levels, shape", [((2, 1.6, 1.2, 0.8, 0.4, 0), "supported"),
+                                           ((2, 2, 2, 2, 0, 0), "refuted")])
+def test_a_slope_is_progressive_and_a_cliff_is_not(levels, shape):
+    verdicts, numbers = curve.judge(a_curve(np.random.default_rng(0),
+                                            noisy(np.random.default_rng(1), *levels)))
+    assert verdicts["progressive"] == shape and verdicts["direction"] == "supported"
+    drawn(curve, numbers)
+
+def test_the_law_its_place_and_the_last_state_can_be_refuted():
+    rng = np.random.default_rng(0)
+    places = rng.integers(0, 4, N)
+    cliffs = np.where(np.arange(6) <= places[:, None], 2.0, 0.0)
+    parts = ("the law", "the jump's place", "states replace one another")
+    holds, _ = curve.judge(a_curve(rng, cliffs))
+    fails, _ = curve.judge(a_curve(rng, cliffs, alike=False, alone=False))
+    assert [holds[part] for part in parts] == ["supported"] * 3
+    assert [fails[part] for part in parts] == ["refuted"] * 3
+    rising, _ = curve.judge(a_curve(rng, noisy(rng, 0, 1, 1, 1, 1, 2)))
+    assert rising["direction"] == "refuted" and rising["progressive"] == "not testable here"
+
+def an_explicit(rng, knows, alike, descends):
+    """What `explicit.measure` gives; knows: theta' is right, but for what is unrelated."""
+    rows = {}
+    for kind in explicit.LABELS:
+        known = knows if kind != "other" else False
+        rows[kind] = {"theta": np.zeros(N, bool), "theta_prime": np.full(N, known),
+                      "in_context": np.ones(N, bool)}
+    for kind in ("fact", "unrelated"):
+        rows[kind]["theta"] = np.full(N, True)
+    context = 2 * rng.random((N, 6))
+    again = context + 0.01 * rng.standard_normal((N, 6))
+    weights = again if alike else rng.permutation(context)
+    curves = {"context": context, "reordered": again, "weights": weights, "other": context}
+    slope = explicit.ALONG if not descends else 2 - explicit.ALONG
+    along = {name: slope + 0.01 * rng.standard_normal((N, len(slope)))
+             for name in ("inner", "L_support", "L_q")}
+    lines = {"commonest": 0.2, "shallow": 0.22}
+    return explicit.Raw({6: rows, 7: rows}, {6: lines, 7: lines}, curves, along,
+                        {"all": np.ones(N, bool)})
+
+@pytest.mark.parametrize("holds, verdict", [(True, "supported"), (False, "refuted")])
+def test_explicit_can_go_either_way(holds, verdict):
+    raw = an_explicit(np.random.default_rng(0), holds, holds, holds)
+    verdicts, numbers = explicit.judge(raw)
+    carried = verdicts.pop("it carries results")
+    assert carried == ("supported" if holds else "inconclusive")    # nothing above nothing
+    assert set(verdicts.values()) == {verdict}
+    drawn(explicit, numbers)
+    assert "theta' (theta)" in explicit.show(numbers)[0]
