@@ -36,10 +36,15 @@ from lab.run import Run, command, device_of, lr_at, move, precision_of, prepare,
 from model import Linear
 
 
+# What of a trajectory an inner loss may be restricted to.
+PARTS = ("closing", "unclosed", "last", "earlier")
+
+
 @dataclass
 class Meta:
     """Meta-training: the trajectory goes into the weights, answers come out of them."""
-    algo: Literal["maml", "fomaml", "anil", "none"] = flag("maml", "anil: the last block only")
+    algo: Literal["maml", "fomaml", "anil", "none", "context"] = flag(
+        "maml", "anil: the last block only; none: no inner loop; context: none, but trajectories")
     init: str = flag("out/sft/ckpt.pt", "where theta starts; the default is trained if missing")
     out: str = flag("out/meta", "the folder of the run")
     resume: bool = flag(False, "go on with the run in --out")
@@ -54,8 +59,8 @@ class Meta:
     K: int = flag(1, "inner steps", 1, 100)
     alpha: float = flag(1.0, "inner rate at the start; learned per layer and step", 1e-9)
     tau: float = flag(10.0, "temperature of the inner loss", 1e-9)
-    targets: Literal["own", "permuted", "constant", "random"] = flag(
-        "own", "what the inner loss asks for: the trajectory's own tokens, or nonsense")
+    targets: Literal["own", "permuted", "constant", "random", *PARTS] = flag(
+        "own", "what the inner loss asks for: the trajectory's own tokens, nonsense, or a part")
     update: Literal["gradient", "write"] = flag(
         "gradient", "write: a learned matrix in place of the inner gradient")
     lr: float = flag(0.03, "of Muon, for the hidden matrices")
@@ -72,6 +77,11 @@ class Meta:
     @property
     def counts(self):
         return train.numbers(self.operands)
+
+    @property
+    def moves(self):
+        """Is there an inner loop?"""
+        return self.algo not in ("none", "context")
 
 
 DECAY = 0.6                         # last share of the meta-steps, the rate falling to 0
@@ -110,6 +120,8 @@ class Inner(nn.Module):
         """The targets of the inner loss. Nonsense in place of the trajectory's own tokens shows
         whether it matters what the loss is a loss of."""
         own, there = support.inner, support.inner >= 0
+        if self.targets in PARTS:
+            return own.masked_fill(~part_of(support, self.targets), text.IGNORE)
         if self.targets == "permuted":
             shuffled = random.Random(0).sample(range(text.VOCAB), text.VOCAB)
             shuffled = torch.tensor(shuffled, device=own.device)
@@ -127,6 +139,14 @@ class Inner(nn.Module):
         ask (a fast-weight layer as of 1991, 2102.11174)."""
         D = X @ self.matrices[self.names.index(name)].to(X.dtype)
         return D * (support.inner >= 0)[..., None]
+
+
+def part_of(support: text.Batch, name: str) -> torch.Tensor:
+    """Says which tokens of the trajectories belong to a part -> bool (R, P). closing: `</think>`
+    alone; unclosed: all but it; last: the last state and `</think>`; earlier: all but those."""
+    closing = support.inner == text.END_THINK
+    last = support.step == support.step.max(1, keepdim=True).values
+    return {"closing": closing, "unclosed": ~closing, "last": last, "earlier": ~last}[name]
 
 
 def theta_prime(model, inner: Inner, support: text.Batch) -> dict:
@@ -234,8 +254,8 @@ def meta_loss(model, inner: Inner, batch: list, algo: str = "maml", joint: float
     L_q(theta') + joint * L(theta). The second term is SFT's own loss on the support's rows, which
     the inner loop has run already: it keeps theta able to think."""
     support = tasks.support(batch, model.device)
-    query = tasks.query(batch, model.device)
-    if algo == "none":
+    query = tasks.query(batch, model.device, shown=algo == "context")
+    if algo in ("none", "context"):
         at_theta, hook = model(**support.inputs()), None
     else:
         adapted = adapt(model, inner, support, order=1 if algo == "fomaml" else 2)
@@ -253,7 +273,7 @@ def meta(c: Meta, given: dict) -> dict:
     device = device_of(c)
     model, inner = start(c, device)
     opts = train.optimisers(model, c)
-    if c.algo != "none":
+    if c.moves:
         opts.append(torch.optim.Adam([inner.log_alpha], 4 * c.lr_adam))
     if c.update == "write":
         opts.append(torch.optim.Adam(inner.matrices.parameters(), LR_WRITE))
@@ -273,7 +293,7 @@ def meta(c: Meta, given: dict) -> dict:
         summary = provenance(c, model, run)
         model.dtype = None
     after, _ = score.exact_match(model, {"expr": (3, 4, 5, 6)}, c.questions)
-    table = meta_test(model, None if c.algo == "none" else inner, c)
+    table = meta_test(model, inner if c.moves else None, c)
     summary |= {"before": before, "after": after, "exact_match": {"expr": table},
                 "rates": dict(zip(inner.names, inner.log_alpha.exp().tolist()))}
     write(Path(c.out) / "summary.json", summary)

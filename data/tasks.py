@@ -54,8 +54,12 @@ def support(tasks: list, device="cpu") -> text.Batch:
     return text.batch([text.row(t.solved.text, t.steps, t.solved.answer, whole=t.whole)
                        for t in tasks], device)
 
-def query(tasks: list, device="cpu") -> text.Batch:
+def query(tasks: list, device="cpu", shown: bool = False) -> text.Batch:
     """Writes the query set: `<bos> q <think></think> a <eos>` of every query, the tasks' one after
-    the other (G * Q, T). Asides ask for the value of every bracket as well."""
-    return text.batch([text.row(q.text, [], q.answer, brackets=True)
-                       for task in tasks for q in task.queries], device)
+    the other (G * Q, T). Asides ask for the value of every bracket as well.
+
+    shown: the task's trajectory stands between `<think>` and `</think>`, and is not learned."""
+    rows = [text.row(q.text, task.steps if shown else [], q.answer, asides=False, brackets=True)
+            for task in tasks for q in task.queries]
+    batch = text.batch(rows, device)
+    return batch._replace(targets=batch.targets.masked_fill(batch.inner >= 0, text.IGNORE))

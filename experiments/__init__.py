@@ -76,8 +76,8 @@ class Runs:
         if made:
             self.sft()
         found = self.get(self.c.meta, meta, words, made, lambda p: meta.load_meta(p, self.device))
-        if found[2].algo == "none":
-            fail(f"{self.c.meta} was trained with --algo=none: there is no theta' in it")
+        if not found[2].moves:
+            fail(f"{self.c.meta} was trained with --algo={found[2].algo}: there is no theta' in it")
         return found
 
     def get(self, folder, script, words, made, load):

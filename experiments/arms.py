@@ -196,8 +196,9 @@ def ask(c, stage: Stage, cells: list, samples: int = 0) -> dict:
 def ask_meta(path, device, groups: list) -> dict:
     """Asks a run of meta.py what its trajectory helps to answer."""
     model, inner, config = meta.load_meta(path, device)
-    inner = None if config.algo == "none" else inner
-    best, row = "theta" if inner is None else "theta_prime", {}
+    inner = inner if config.moves else None
+    best = {"none": "theta", "context": "in_context"}.get(config.algo, "theta_prime")
+    row = {}
     for kind in meta.KINDS:
         names = {kind: best, f"{kind}, theta": "theta", f"{kind}, in context": "in_context"}
         for questions in groups:

@@ -22,6 +22,7 @@ inconclusive. Shown without a verdict: the model's own right and wrong outputs, 
 temperature 1; the last state swapped for another question's; a detour back to a longer state.
 """
 import random
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -263,11 +264,13 @@ def draw(numbers):
 
 def draw_single(ax, example):
     """One question token by token; dots where a state is whole, the only places where training
-    asked."""
+    asked; and the moving average under which the paper's Figures 2 and 3 show theirs."""
     y, tokens = np.array(example["L_hat"]), example["tokens"]
     ends = [0, *(i for i, token in enumerate(tokens) if token == ";"), len(tokens)]
     ax.plot(y, color="#bbbbbb", lw=0.8, label="after every token")
     ax.plot(ends, y[ends], "o-", color=COLOURS["correct"], ms=4, label="after whole states")
+    averaged = [*accumulate(y, lambda mean, loss: 0.99 * mean + 0.01 * loss)]
+    ax.plot(averaged, "--", color=COLOURS["wrong"], lw=1.2, label="moving average of 0.99")
     chance_line(ax)
     ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=5, family="monospace")
     ax.set(ylabel=r"$\hat{L}$ (nats)", title=f"One question: {example['text']}", ylim=(0, None))

@@ -36,7 +36,7 @@ from experiments.curve import rank_correlation
 from experiments.figure import COLOURS, band, chance_line, panels, whiskers
 from lab.score import commonest, held_out, shallow
 from lab.verdict import bootstrap, decide, interval, rule, widened
-from meta import adapt, moved, outcomes
+from meta import adapt, moved, outcomes, part_of
 
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
 CARRIED = ("sibling", "swapped", "left", "right", "beyond", "cut")
@@ -92,7 +92,7 @@ def both_curves(model, inner, questions, style, rng):
             "weights": np.stack(explicit_curves(model, inner, questions, steps)),
             "other": np.stack(other)}
 
-def along_the_step(model, inner, questions, style, rng):
+def along_the_step(model, inner, questions, style, rng, along=ALONG):
     """One trajectory per question, its last state missing, asked another operation on its results
     -> ({inner loss, L_support at temperature 1, L_q: along the step}, {what of the trajectory the
     step is made of: truths})"""
@@ -102,7 +102,7 @@ def along_the_step(model, inner, questions, style, rng):
                    model.device)
     updates = adapt(model, inner, rows, order=1).updates
     n_targets, losses = (rows.inner >= 0).sum(1), {"inner": [], "L_support": [], "L_q": []}
-    for s in ALONG:
+    for s in along:
         hook = moved(inner, scaled(updates, float(s)), len(questions))
         with torch.no_grad():
             h = model(**rows.inputs(), hook=hook)
@@ -111,14 +111,15 @@ def along_the_step(model, inner, questions, style, rng):
             losses[name].append((nll.sum(1) / n_targets).cpu().numpy())
         losses["L_q"].append(nll_of(direct_logp(model, asked, hook), asked))
 
-    last = rows.step == rows.step.max(1, keepdim=True).values
-    close = rows.inner == text.END_THINK
-    parts = {"the whole trajectory": torch.ones_like(close), "</think> alone": close,
-             "all but </think>": ~close, "the last state and </think>": last,
-             "all but those": ~last}
+    parts = {"the whole trajectory": None, "</think> alone": "closing",
+             "all but </think>": "unclosed", "the last state and </think>": "last",
+             "all but those": "earlier"}
     carriers = {}
-    for name, kept in parts.items():
-        part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
+    for name, what in parts.items():
+        part = rows
+        if what:
+            kept = part_of(rows, what)
+            part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
         logp = direct_logp(model, asked, adapt(model, inner, part, order=1).hook)
         carriers[name] = np.array([str(d) == q.answer
                                    for d, q in zip(logp.argmax(-1).tolist(), asked)])

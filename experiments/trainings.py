@@ -135,11 +135,12 @@ EACH = {f"{questions} questions, {n} each": f"{SUM} --pool={questions} --support
         for questions, n in ((500, 1), (500, 4), (500, 12), (2000, 1), (167, 12))}
 UPDATE = {f"{n} of 16, {steps} steps": f"{BASE} | {GRPO} --update={n} --steps={steps}"
           for steps in (24, 96) for n in (16, 4, 2)}
+SFT_META = "--steps=700 | meta.py"
 ORDER = {
-    "MAML": "--steps=400 | meta.py --algo=maml --steps=400",
-    "FOMAML": "--steps=400 | meta.py --algo=fomaml --steps=540",
-    "ANIL": "--steps=400 | meta.py --algo=anil --steps=620",
-    "no inner loop": "--steps=400 | meta.py --algo=none --steps=710"}
+    "MAML": SFT_META,
+    "FOMAML": f"{SFT_META} --algo=fomaml --steps=3000",
+    "ANIL": f"{SFT_META} --algo=anil --steps=3100",
+    "no inner loop": f"{SFT_META} --algo=none --steps=3450"}
 
 def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
     """Pairs of arms, every one with every other, in all metrics and cells."""
@@ -212,7 +213,7 @@ an inner loop: MAML beats none.
 the second order: MAML beats FOMAML.
 all blocks: MAML beats ANIL, whose inner loop moves the last block only.""",
         "Eq. 8: the second-order path from the answer through the trajectory's update matters",
-        {"expr:5,6": ORDER},
-        {part: against(["MAML"], [other], ["sibling", "beyond"], ["expr:5,6"])
+        {"expr:6": ORDER},
+        {part: against(["MAML"], [other], ["sibling", "beyond"], ["expr:6"])
          for part, other in (("an inner loop", "no inner loop"), ("the second order", "FOMAML"),
                              ("all blocks", "ANIL"))})}

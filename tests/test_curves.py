@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import curve, explicit
+from experiments import curve, descent, explicit
+from experiments.arms import Arm
 
 N = 100
 
@@ -82,3 +83,23 @@ def test_explicit_can_go_either_way(holds, verdict):
     assert set(verdicts.values()) == {verdict}
     drawn(explicit, numbers)
     assert "theta' (theta)" in explicit.show(numbers)[0]
+
+def a_descent(own, nonsense, context=0.5, falls=True):
+    """What `descent.measure` gives: shares right by arm."""
+    rng, shares = np.random.default_rng(0), dict.fromkeys(descent.ARMS, nonsense)
+    shares |= {descent.OWN: own, "no inner loop": 0.2, "in the context": context}
+    facts = {"flags": "", "seconds": 9, "tokens": 9, "checksums": []}
+    arms = {name: Arm({"sibling": (rng.random((3, N)) < share).astype(float)}, facts)
+            for name, share in shares.items()}
+    losses = np.array([[2, 1 if falls else 3]] * 3) + 0.01 * rng.standard_normal((3, 2))
+    return arms, {name: np.ones((3, 5)) for name in arms}, {descent.OWN: losses}, 0.2
+
+@pytest.mark.parametrize("given, descends, written, loop, context", [
+    ((0.9, 0.4), "supported", "refuted", "supported", "supported"),
+    ((0.9, 0.4, 0.9, False), "refuted", "refuted", "supported", "inconclusive"),
+    ((0.7, 0.7, 0.9), "refuted", "supported", "supported", "refuted"),
+    ((0.2, 0.2), "refuted", "supported", "inconclusive", "refuted")])
+def test_descent_is_told_from_a_write_by_the_rule(given, descends, written, loop, context):
+    verdicts, numbers = descent.judge(a_descent(*given))
+    assert [*verdicts.values()] == [descends, written, loop, context]
+    drawn(descent, numbers)

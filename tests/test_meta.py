@@ -155,6 +155,27 @@ def test_nonsense_targets_are_asked_where_the_trajectorys_own_stand(tiny, kind):
     assert (len(pairs) == len(before) == len(after)) == (kind in ("own", "permuted"))
     assert after == {"constant": {text.END_THINK}, "random": set(range(10))}.get(kind, after)
 
+def test_an_inner_loss_can_be_asked_of_a_part_of_the_trajectory(tiny):
+    """3+5;8 closed: `<think>` and all that follows it but 8 predict t and `</think>`."""
+    support = text.batch([text.row("(3+5)*2", ["8*2", "6"], "6"), text.row("3+5", ["8"], "8")])
+    parts = {"closing": ["|", "|"], "unclosed": ["8*2;6", "8"], "last": ["6|", "8|"],
+             "earlier": ["8*2;", ""]}
+    for name, expected in parts.items():
+        asked = inner_of(tiny, targets=name)[0].asked(support)
+        rows = [text.decode(row[row >= 0]).replace("</think>", "|") for row in asked]
+        assert rows == expected, name
+
+def test_queries_can_show_the_trajectory_in_the_context_and_learn_what_they_learn_without(tiny):
+    some = some_tasks(4)
+    plain, shown = tasks.query(some), tasks.query(some, shown=True)
+    queries = [(task, q) for task in some for q in task.queries]
+    for (task, q), ids, targets, alone in zip(queries, shown.ids, shown.targets, plain.targets):
+        assert text.decode(ids[ids != text.PAD]).count(f"<think>{';'.join(task.steps)}</think>")
+        assert torch.equal(targets[targets >= 0], alone[alone >= 0])
+    loss, _ = meta.meta_loss(tiny, None, some, "context", joint=0)
+    losses = tiny.score(tiny(**shown.inputs()), shown.targets)
+    close(loss, losses.sum() / (shown.targets >= 0).sum())
+
 @pytest.mark.parametrize("K", (1, 2))
 def test_a_write_without_a_gradient_is_x_times_a_learned_matrix(tiny, K):
     """W' = W - alpha (X^T X B)^T, X the inputs at the tokens that the inner loss would ask."""

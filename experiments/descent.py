@@ -1,0 +1,116 @@
+"""Does a trajectory descend, or is it written down? (Eq. 4)
+
+One inner step is trained again with other things to descend on: the targets of its loss permuted by
+one fixed permutation of the vocabulary, all the same, or digits at random; and with no gradient at
+all, a learned matrix in its place. If a step down the trajectory's own loss is what helps, none of
+these can do it. Two arms have no inner loop: theta is trained as long to answer the same questions,
+without the trajectory and with it in the context. Asked is another operation on the trajectory's
+last two results, of six operands.
+
+descent: the trajectory's own targets beat permuted, constant and random ones, and the write, by 20
+    points or more, and the step lowers the trajectory's own loss at temperature 1.
+a learned write: they beat none of these by 20 points.
+an inner loop: theta' beats theta that was trained as long without one.
+as good as the context: theta' is at most 3 points worse than theta that was trained as long with
+    the trajectory in the context.
+
+Intervals are over seeds: supported where all lie above 0, refuted where one lies below, else
+inconclusive. Arms take about the same time each.
+"""
+import random
+
+import numpy as np
+
+from experiments.arms import kept, run_arms, train_arms
+from experiments.explicit import along_the_step
+from experiments.figure import bars, panels
+from experiments.trainings import SFT_META
+from lab.run import device_of, read_log
+from lab.score import commonest, held_out
+from lab.verdict import decide
+from meta import load_meta
+
+CLAIM = "Eq. 4: a trajectory's update is a descent, not something written down"
+TRAINS = True
+OWN, NONSENSE = "own targets", ("permuted", "constant", "random")
+ARMS = {
+    OWN: SFT_META,
+    **{f"{name} targets": f"{SFT_META} --targets={name}" for name in NONSENSE},
+    "no gradient": f"{SFT_META} --update=write --steps=2700",
+    "no inner loop": f"{SFT_META} --algo=none --steps=3450",
+    "in the context": f"{SFT_META} --algo=context --steps=2100"}
+RIVALS = [*ARMS][1:5]
+SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+WINDOW = 100                        # meta-steps that a point of a training curve averages
+
+
+def measure(c, runs):
+    """-> ({arm: Arm}, {arm: L_q of meta-training (seeds, points)}, {arm: the trajectory's own loss
+    per token before and after the step (seeds, 2)}, share of the commonest digit)."""
+    arms, chains = run_arms(c, ARMS, "expr:6"), train_arms(c, ARMS)
+    curves, own_loss = {}, {}
+    questions = held_out("expr", 6, c.questions)
+    for name, seeds in chains.items():
+        logs = [[line["L_q"] for line in read_log(chain[-1].folder)] for chain in seeds]
+        whole = len(logs[0]) // WINDOW * WINDOW
+        curves[name] = np.array([log[:whole] for log in logs]).reshape(len(seeds), -1, WINDOW)
+        curves[name] = curves[name].mean(2)
+        if name in (OWN, *RIVALS):
+            own_loss[name] = np.array([before_and_after(c, chain[-1], questions)
+                                       for chain in seeds])
+    return arms, curves, own_loss, commonest(questions)
+
+def before_and_after(c, stage, questions):
+    """The trajectory's own loss at temperature 1, per token, at theta and at theta' -> [2]."""
+    model, inner, _ = load_meta(stage.folder / "ckpt.pt", device_of(c))
+    inner.targets = "own"
+    losses, _ = along_the_step(model, inner, questions, "states", random.Random("descent"), (0, 1))
+    return losses["L_support"].mean(0)
+
+def judge(raw):
+    arms, curves, own_loss, chance = raw
+    score = {name: arm.scores["sibling"] for name, arm in arms.items()}
+    lead = {name: score[OWN] - score[name] for name in RIVALS}
+    fall = own_loss[OWN][:, 0] - own_loss[OWN][:, 1]
+    margins = {
+        "descent":
+            {f"own - {name} - 20 points": gap - 0.2 for name, gap in lead.items()}
+            | {"own loss before - after": np.repeat(fall[:, None], len(score[OWN][0]), 1)},
+        "a learned write":
+            {f"20 points - (own - {name})": 0.2 - gap for name, gap in lead.items()},
+        "an inner loop": {"own - no inner loop": score[OWN] - score["no inner loop"]},
+        "as good as the context":
+            {"own - in the context + 3 points": score[OWN] - score["in the context"] + 0.03}}
+    verdicts, gaps = {}, {}
+    for part, row in margins.items():
+        verdicts[part], gaps[part] = decide(row)
+    return verdicts, {
+        "gaps": gaps, "arms": kept(arms), "commonest": round(chance, 4),
+        "curves": {name: y.round(4).tolist() for name, y in curves.items()},
+        "own loss": {name: y.round(4).tolist() for name, y in own_loss.items()}}
+
+def draw(numbers):
+    fig, ((curves, right),) = panels(1, 2, width=4.8, heights=[3.4])
+    for (name, y), colour in zip(numbers["curves"].items(), SHADES):
+        seconds = numbers["arms"][name]["seconds"]
+        x = (np.arange(len(y[0])) + 1) / len(y[0]) * seconds
+        for i, seed in enumerate(y):
+            curves.plot(x, seed, color=colour, lw=0.9, label=None if i else name)
+    curves.set(title="Meta-training: every seed of every arm", ylim=(0, None),
+               xlabel="seconds of one thread", ylabel="$L_q$, loss of the queries' answers (nats)")
+    curves.legend(fontsize=7)
+    bars(right, {name: arm["scores"]["sibling"] for name, arm in numbers["arms"].items()},
+         xlim=(0, 1), xlabel="right, another operation on both results",
+         title="Six operands (dotted: commonest digit)")
+    right.axvline(numbers["commonest"], color="#999999", lw=0.8, ls=":")
+    return fig
+
+def show(numbers):
+    lines = []
+    for name, arm in numbers["arms"].items():
+        shares = [f"{kind} {100 * row['mean'][0]:.0f}" for kind, row in arm["scores"].items()
+                  if "," not in kind and kind not in ("exact", "direct")]
+        before, after = np.mean(numbers["own loss"].get(name, [[np.nan] * 2]), 0)
+        falls = "" if np.isnan(before) else f"; its own loss {before:.2f}, then {after:.2f}"
+        lines.append(f"{name}, {arm['seconds']:.0f} s, right in %: {', '.join(shares)}{falls}")
+    return lines
