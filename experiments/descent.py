@@ -24,7 +24,7 @@ import numpy as np
 from experiments.arms import kept, run_arms, train_arms
 from experiments.explicit import along_the_step
 from experiments.figure import bars, panels
-from experiments.trainings import SFT_META
+from experiments.trainings import META
 from lab.run import device_of, read_log
 from lab.score import commonest, held_out
 from lab.verdict import decide
@@ -34,11 +34,11 @@ CLAIM = "Eq. 4: a trajectory's update is a descent, not something written down"
 TRAINS = True
 OWN, NONSENSE = "own targets", ("permuted", "constant", "random")
 ARMS = {
-    OWN: SFT_META,
-    **{f"{name} targets": f"{SFT_META} --targets={name}" for name in NONSENSE},
-    "no gradient": f"{SFT_META} --update=write --steps=2700",
-    "no inner loop": f"{SFT_META} --algo=none --steps=3450",
-    "in the context": f"{SFT_META} --algo=context --steps=2100"}
+    OWN: f"{META}=2000",
+    **{f"{name} targets": f"{META}=2000 --targets={name}" for name in NONSENSE},
+    "no gradient": f"{META}=2700 --update=write",
+    "no inner loop": f"{META}=3450 --algo=none",
+    "in the context": f"{META}=2100 --algo=context"}
 RIVALS = [*ARMS][1:5]
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 WINDOW = 100                        # meta-steps that a point of a training curve averages

@@ -135,12 +135,12 @@ EACH = {f"{questions} questions, {n} each": f"{SUM} --pool={questions} --support
         for questions, n in ((500, 1), (500, 4), (500, 12), (2000, 1), (167, 12))}
 UPDATE = {f"{n} of 16, {steps} steps": f"{BASE} | {GRPO} --update={n} --steps={steps}"
           for steps in (24, 96) for n in (16, 4, 2)}
-SFT_META = "--steps=700 | meta.py"
+META = "--steps=700 | meta.py --steps"
 ORDER = {
-    "MAML": SFT_META,
-    "FOMAML": f"{SFT_META} --algo=fomaml --steps=3000",
-    "ANIL": f"{SFT_META} --algo=anil --steps=3100",
-    "no inner loop": f"{SFT_META} --algo=none --steps=3450"}
+    "MAML": f"{META}=2000",
+    "FOMAML": f"{META}=3000 --algo=fomaml",
+    "ANIL": f"{META}=3100 --algo=anil",
+    "no inner loop": f"{META}=3450 --algo=none"}
 
 def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
     """Pairs of arms, every one with every other, in all metrics and cells."""
