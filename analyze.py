@@ -7,8 +7,7 @@
 
 `prefix_logp` is the answer's distribution after every token of a trajectory in the context
 (Algorithm 3), `explicit_curves` the loss for a trajectory in the weights; `exact_patches` turns a
-context into weights (Proposition 2.1); `cosines` holds one against the other; `surface` is the loss
-over a plane through theta.
+context into weights (Proposition 2.1); `cosines` holds one against the other.
 
 An answer is one digit, so every loss here is the NLL of a digit in nats. Who knows nothing has ln
 10 = 2.30.
@@ -217,42 +216,6 @@ def untrained(model, seed: int = 0):
         for layer in (block.out, block.down):
             torch.nn.init.kaiming_uniform_(layer.weight, a=5 ** 0.5)
     return new.to(model.device)
-
-
-# -------------------------------------------------------------- planes through theta (Algorithm 4)
-
-def directions(model, seed: int) -> list:
-    """Two random directions of every matrix in the blocks, each row scaled to the norm of the
-    weights' row ("per filter", 1712.09913) -> [{layer: (out, in)}]."""
-    generator, planes = torch.Generator().manual_seed(seed), []
-    for _ in range(2):
-        plane = {}
-        for name, path in meta.linear_layers(model).items():
-            W = model.get_parameter(path).detach()
-            d = torch.randn(W.shape, generator=generator).to(W)
-            plane[name] = d * W.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)
-        planes.append(plane)
-    return planes
-
-@torch.no_grad()
-def surface(model, questions: list, thinks: list, plane, points, size: int = 256) -> np.ndarray:
-    """L_q of every row at theta + a d1 + b d2, (a, b) = points[row] -> (N,). plane = (d1, d2), a
-    direction being {layer: (out, in)}.
-
-    Nothing is added to weights and taken away again: every row carries its own point."""
-    losses = []
-    for i in range(0, len(points), size):
-        at = points[i:i + size]
-
-        def hook(name, x, y):
-            for k, d in enumerate(plane):
-                if name in d:
-                    y = y + at[:, k, None, None] * (x @ d[name].T)
-            return y
-        part = questions[i:i + size]
-        logp = direct_logp(model, part, hook, thinks[i:i + size])
-        losses.append(nll_of(logp, part))
-    return np.concatenate(losses)
 
 
 if __name__ == "__main__":

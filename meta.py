@@ -43,21 +43,21 @@ PARTS = ("closing", "unclosed", "last", "earlier")
 @dataclass
 class Meta:
     """Meta-training: the trajectory goes into the weights, answers come out of them."""
-    algo: Literal["maml", "fomaml", "anil", "none", "context"] = flag(
-        "maml", "anil: the last block only; none: no inner loop; context: none, but trajectories")
+    algo: Literal["maml", "fomaml", "none", "context"] = flag(
+        "maml", "none: no inner loop; context: none, but queries show the trajectory")
     init: str = flag("out/sft/ckpt.pt", "where theta starts; the default is trained if missing")
     out: str = flag("out/meta", "the folder of the run")
     resume: bool = flag(False, "go on with the run in --out")
     overwrite: bool = flag(False, "replace the run in --out")
     seed: int = flag(0, "of data")
-    steps: int = flag(2000, "meta-steps", 1)
+    steps: int = flag(2400, "meta-steps", 1)
     batch: int = flag(12, "trajectories per meta-step", 1)
     queries: int = flag(5, "questions asked of every theta'", 2, 100)
-    operands: str = flag("4,5,6", "operand counts of the trajectories' questions")
+    operands: str = flag("3,4,5,6", "operand counts of the trajectories' questions")
     style: Literal["states", "steps"] = flag("states", "of the trajectories")
-    fast: str = flag("*.up,*.down", "layers that the inner loop moves: BLOCK.qkv, out, up, down")
+    fast: str = flag("2.up", "layers that the inner loop moves: BLOCK.qkv, out, up, down")
     K: int = flag(1, "inner steps", 1, 100)
-    alpha: float = flag(1.0, "inner rate at the start; learned per layer and step", 1e-9)
+    alpha: float = flag(3.5, "inner rate at the start; learned per layer and step", 1e-9)
     tau: float = flag(10.0, "temperature of the inner loss", 1e-9)
     targets: Literal["own", "permuted", "constant", "random", *PARTS] = flag(
         "own", "what the inner loss asks for: the trajectory's own tokens, nonsense, or a part")
@@ -233,13 +233,10 @@ def linear_layers(model) -> dict:
     """{name as the hook knows it: name of its weight} of every linear layer in the blocks."""
     return {m.name: f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Linear)}
 
-def fast_layers(model, patterns: str, algo: str = "maml") -> list:
-    """Names of the layers that comma-separated patterns name, in the last block only for anil.
-    ValueError where there are none."""
+def fast_layers(model, patterns: str) -> list:
+    """Names of the layers that comma-separated patterns name. ValueError where there are none."""
     names = list(linear_layers(model))
     matched = {n for p in patterns.split(",") for n in fnmatch.filter(names, p)}
-    if algo == "anil":
-        matched = {n for n in matched if n.startswith(f"{model.config.layers - 1}.")}
     if not matched:
         raise ValueError(f"no layer matches {patterns}; there are {', '.join(names)}")
     return [n for n in names if n in matched]
@@ -317,7 +314,7 @@ def start(c: Meta, device):
         fail(e)
 
 def inner_of(model, c: Meta) -> Inner:
-    names = fast_layers(model, c.fast, c.algo)
+    names = fast_layers(model, c.fast)
     return Inner(model, names, c.K, c.alpha, c.tau, c.targets, c.update).to(model.device)
 
 def load_meta(path, device="cpu"):

@@ -61,5 +61,7 @@ def query(tasks: list, device="cpu", shown: bool = False) -> text.Batch:
     shown: the task's trajectory stands between `<think>` and `</think>`, and is not learned."""
     rows = [text.row(q.text, task.steps if shown else [], q.answer, asides=False, brackets=True)
             for task in tasks for q in task.queries]
-    batch = text.batch(rows, device)
-    return batch._replace(targets=batch.targets.masked_fill(batch.inner >= 0, text.IGNORE))
+    for row in rows if shown else []:
+        row.targets[:] = [text.IGNORE if inner >= 0 else target
+                          for inner, target in zip(row.inner, row.targets)]
+    return text.batch(rows, device)

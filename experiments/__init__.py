@@ -27,7 +27,7 @@ from lab.score import held_out
 
 FOLDER = Path(__file__).parent
 # What runs unasked, on a trained model.
-TOUR = ("curve", "explicit", "patch", "gradient", "landscape", "tokens")
+TOUR = ("curve", "explicit", "step", "patch", "gradient")
 
 
 @dataclass

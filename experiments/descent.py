@@ -21,8 +21,8 @@ import random
 
 import numpy as np
 
+from experiments import step
 from experiments.arms import kept, run_arms, train_arms
-from experiments.explicit import along_the_step
 from experiments.figure import bars, panels
 from experiments.trainings import META
 from lab.run import device_of, read_log
@@ -34,11 +34,11 @@ CLAIM = "Eq. 4: a trajectory's update is a descent, not something written down"
 TRAINS = True
 OWN, NONSENSE = "own targets", ("permuted", "constant", "random")
 ARMS = {
-    OWN: f"{META}=2000",
-    **{f"{name} targets": f"{META}=2000 --targets={name}" for name in NONSENSE},
-    "no gradient": f"{META}=2700 --update=write",
-    "no inner loop": f"{META}=3450 --algo=none",
-    "in the context": f"{META}=2100 --algo=context"}
+    OWN: f"{META}=2400",
+    **{f"{name} targets": f"{META}=2400 --targets={name}" for name in NONSENSE},
+    "no gradient": f"{META}=2900 --update=write",
+    "no inner loop": f"{META}=3200 --algo=none",
+    "in the context": f"{META}=2000 --algo=context"}
 RIVALS = [*ARMS][1:5]
 SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 WINDOW = 100                        # meta-steps that a point of a training curve averages
@@ -61,11 +61,10 @@ def measure(c, runs):
     return arms, curves, own_loss, commonest(questions)
 
 def before_and_after(c, stage, questions):
-    """The trajectory's own loss at temperature 1, per token, at theta and at theta' -> [2]."""
+    """The trajectory's own loss at temperature 1, per token, at theta and at theta' -> (2,)."""
     model, inner, _ = load_meta(stage.folder / "ckpt.pt", device_of(c))
-    inner.targets = "own"
-    losses, _ = along_the_step(model, inner, questions, "states", random.Random("descent"), (0, 1))
-    return losses["L_support"].mean(0)
+    rows, asked = step.trials(model, questions, "states", random.Random("descent"))
+    return step.along_the_step(model, inner, rows, asked, (0, 1))["L_support"].mean(0)
 
 def judge(raw):
     arms, curves, own_loss, chance = raw

@@ -12,7 +12,6 @@ os.environ.pop("MPLBACKEND", None)                  # a notebook's, which may no
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcdefaults()                             # whatever a matplotlibrc says
 matplotlib.rcParams.update({
@@ -39,22 +38,11 @@ def panels(rows, columns, width=3.7, heights=None, **options):
     fig = Figure(figsize=(width * columns, sum(heights)))
     return fig, fig.subplots(rows, columns, squeeze=False, height_ratios=heights, **options)
 
-def mosaic(layout, size, **options):
-    """-> (figure, {name: axes}) of a layout by names."""
-    fig = Figure(figsize=size)
-    return fig, fig.subplot_mosaic(layout, **options)
-
 def band(ax, x, summaries, colour, label=None, style="-"):
     """A mean curve with its interval, summaries a [mean, low, high] per x."""
     mean, low, high = np.transpose(summaries)
     ax.plot(x, mean, style, color=colour, label=label, ms=3)
     ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-
-def whisker(ax, x, summary, colour, **options):
-    """A bar with its interval, summary = [mean, low, high]."""
-    mean, low, high = summary
-    ax.bar(x, mean, options.pop("width", 0.7), color=colour, **options)
-    ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="none", ecolor=INK, elinewidth=0.8)
 
 def whiskers(ax, x, summaries, colour, **options):
     """Joined dots at x, each [mean, low, high]."""
@@ -81,10 +69,6 @@ def bars(ax, rows, **labels):
         ax.plot(row.get("seeds", []), [i] * len(row.get("seeds", [])), ".", color=INK, ms=3)
     ax.set_yticks(range(len(rows)), [textwrap.fill(name, 40) for name in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), **labels)
-
-def scale(fig, shade, ax):
-    """The colour bar of a shading of L_q."""
-    fig.colorbar(shade, ax=ax, label="$L_q$ (nats)", shrink=0.8, ticks=MaxNLocator(5))
 
 def zero_line(ax):
     ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from experiments import experiment_of, spoken
+from experiments import experiment_of, known, spoken
 from lab.flags import fail
 from lab.run import write
 
@@ -21,6 +21,8 @@ def read(path) -> dict:
     result = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(result, dict) or not set(PARTS) <= set(result):
         raise ValueError("it is not an experiment's JSON of this version")
+    if result["experiment"] not in known():
+        raise ValueError(f"there is no experiment {result['experiment']!r} in this version")
     return result
 
 def results(folder) -> dict:

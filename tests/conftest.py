@@ -21,7 +21,7 @@ RL = ["--steps=6", "--batch=8", "--group=4", *SMALL]
 KINDS = {
     "sft": ["--steps=24", "--layers=2", "--heads=2", "--width=16", "--batch=8", *SMALL],
     "grpo": ["--method=grpo", "--update=3", *RL], "dpo": ["--method=dpo", *RL],
-    "meta": ["--steps=12", "--batch=3", "--K=2", *SMALL]}
+    "meta": ["--steps=12", "--batch=3", "--K=2", "--fast=*.up,*.down", *SMALL]}
 
 
 def a_run(kind, out, *args):

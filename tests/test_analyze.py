@@ -103,24 +103,3 @@ def test_cosines_equal_those_of_the_matrices_written_out(tiny):
 def test_an_untrained_model_has_the_shape_and_no_weights_that_are_zero(tiny):
     for name, p in analyze.untrained(tiny).named_parameters():
         assert p.abs().min() > 0 and p.shape == tiny.get_parameter(name).shape
-
-def test_directions_have_the_norms_of_the_weights_rows(tiny):
-    """Per filter (1712.09913); two of them, the same for the same seed."""
-    plane, again = analyze.directions(tiny, 0), analyze.directions(tiny, 0)
-    for name, path in meta.linear_layers(tiny).items():
-        for d, e in zip(plane, again):
-            close(d[name].norm(dim=1), tiny.get_parameter(path).detach().norm(dim=1))
-            assert torch.equal(d[name], e[name])
-        assert not torch.equal(plane[0][name], plane[1][name])
-
-def test_a_point_of_the_surface_is_the_loss_of_weights_that_are_changed(tiny):
-    """Every layer's matrix written out; the model itself is left as it was."""
-    before = {name: weight.clone() for name, weight in tiny.state_dict().items()}
-    plane, (questions, thinks) = analyze.directions(tiny, 0), some_questions()
-    points = torch.tensor([[0, 0], [0.3, -0.2], [-0.5, 0.5], [1, 0]], dtype=torch.float64)
-    losses = analyze.surface(tiny, questions, thinks, plane, points, size=3)
-    for q, t, (a, b), loss in zip(questions, thinks, points, losses, strict=True):
-        weights = {path: tiny.get_parameter(path) + a * plane[0][name] + b * plane[1][name]
-                   for name, path in meta.linear_layers(tiny).items()}
-        close(loss, loss_of(tiny, q, t, weights))
-    assert all(torch.equal(weight, before[name]) for name, weight in tiny.state_dict().items())

@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched_or_executed(base
                                                                             monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "run")
-    path, other = tmp_path / "run" / "ckpt.pt", vars(meta.Meta())
+    path, other = tmp_path / "run" / "ckpt.pt", vars(meta.Meta(fast="1.up"))
     for content in damaged(path.read_bytes(), load(path), other):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         before = contents(tmp_path)
@@ -179,7 +179,7 @@ LINES = {"train": """
     --out=BASE : overwrite | --out=BASE --resume --lr=0.5 : 0.5 | --out=BASE --resume --steps=9 : 9
     | --out=BASE --overwrite --init=BASE/ckpt.pt : overwritten""", "meta": """
     --operands=3,,4 : operands | --operands=9 : operands | --fast=9.up : 9.up | --K=0 : K |
-    --algo=anil --fast=0.up : layer | --algo=sgd : algo | --queries=1 : queries | --tau=0 : tau |
+    --algo=sgd : algo | --queries=1 : queries | --tau=0 : tau |
     --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign""", "analyze": """
     nope : nope | curve curve : twice | compare : arms | compare --arm=--steps=3 : arms |
     curve --arm=a --arm=b : arms | --cells=expr:9 : cells | --cells=expr : cells | --tag=a/b : tag |

@@ -167,8 +167,8 @@ def test_a_slope_turns_both_ways():
 def test_two_arms_are_trained_compared_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train.py')")
-    c = of(tmp_path / "out", f"{TINY} --steps=2", f"more: {TINY} --steps=2 | meta.py --steps=1",
-           cells="expr:4")
+    more = f"more: {TINY} --steps=2 | meta.py --steps=1 --fast='*.up'"
+    c = of(tmp_path / "out", f"{TINY} --steps=2", more, cells="expr:4")
     result = experiments.run("compare", c, torch.device("cpu"), {})
     said, before = capsys.readouterr().out, contents(tmp_path / "out" / "runs")
     assert "2 runs to train" in said and "plain" in said and f"begin with: {TINY}" in said

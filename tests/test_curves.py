@@ -1,12 +1,17 @@
 """`curve` and `explicit` decide on made-up data, either way, and draw from JSON alone."""
 import io
 import json
+import random
 
 import numpy as np
 import pytest
+import torch
 
-from experiments import curve, descent, explicit
+import meta
+from data import arithmetic, text
+from experiments import curve, descent, explicit, step
 from experiments.arms import Arm
+from model import Config, Model
 
 N = 100
 
@@ -54,7 +59,7 @@ def test_the_law_its_place_and_the_last_state_can_be_refuted():
     rising, _ = curve.judge(a_curve(rng, noisy(rng, 0, 1, 1, 1, 1, 2)))
     assert rising["direction"] == "refuted" and rising["progressive"] == "not testable here"
 
-def an_explicit(rng, knows, alike, descends):
+def an_explicit(rng, knows, alike):
     """What `explicit.measure` gives; knows: theta' is right, but for what is unrelated."""
     rows = {}
     for kind in explicit.LABELS:
@@ -67,22 +72,42 @@ def an_explicit(rng, knows, alike, descends):
     again = context + 0.01 * rng.standard_normal((N, 6))
     weights = again if alike else rng.permutation(context)
     curves = {"context": context, "reordered": again, "weights": weights, "other": context}
-    slope = explicit.ALONG if not descends else 2 - explicit.ALONG
-    along = {name: slope + 0.01 * rng.standard_normal((N, len(slope)))
-             for name in ("inner", "L_support", "L_q")}
+    curves["predicted"] = context[:, :-1]
     lines = {"commonest": 0.2, "shallow": 0.22}
-    return explicit.Raw({6: rows, 7: rows}, {6: lines, 7: lines}, curves, along,
-                        {"all": np.ones(N, bool)})
+    return explicit.Raw({6: rows, 7: rows}, {6: lines, 7: lines}, curves)
 
 @pytest.mark.parametrize("holds, verdict", [(True, "supported"), (False, "refuted")])
 def test_explicit_can_go_either_way(holds, verdict):
-    raw = an_explicit(np.random.default_rng(0), holds, holds, holds)
+    raw = an_explicit(np.random.default_rng(0), holds, holds)
     verdicts, numbers = explicit.judge(raw)
     carried = verdicts.pop("it carries results")
     assert carried == ("supported" if holds else "inconclusive")    # nothing above nothing
     assert set(verdicts.values()) == {verdict}
     drawn(explicit, numbers)
     assert "theta' (theta)" in explicit.show(numbers)[0]
+
+@pytest.mark.parametrize("falls, verdict", [(True, "supported"), (False, "refuted")])
+def test_a_step_can_go_either_way(falls, verdict):
+    slope = 2 - step.ALONG if falls else step.ALONG
+    along = {name: slope + 0.01 * np.random.default_rng(0).standard_normal((N, len(slope)))
+             for name in ("inner", "L_support", "L_q")}
+    parts = {"by layer": {"0.up": 1.0}, "by token": {"before ;": 1.0}}
+    verdicts, numbers = step.judge((along, dict.fromkeys(step.PARTS, np.ones(N, bool)), parts))
+    assert set(verdicts.values()) == {verdict}
+    drawn(step, numbers)
+
+def test_shares_of_a_step_add_up_and_are_those_of_its_matrices():
+    """By layer, |alpha X^T D|^2 written out."""
+    torch.manual_seed(0)
+    model = Model(Config(text.VOCAB, layers=2, heads=2, width=8)).double()
+    inner = meta.Inner(model, meta.fast_layers(model, "*.up,*.down"), alpha=0.5).double()
+    rows, _ = step.trials(model, [arithmetic.parse("((3+5)*2)-7")], "states", random.Random(0))
+    update, = meta.adapt(model, inner, rows, order=1).updates
+    parts = step.shares(inner, rows, update)
+    sizes = {name: float((0.5 * X[0].T @ D[0]).square().sum()) for name, (X, D) in update.items()}
+    for name, size in sizes.items():
+        assert parts["by layer"][name] == pytest.approx(size / sum(sizes.values()))
+    assert sum(parts["by token"].values()) == pytest.approx(1)
 
 def a_descent(own, nonsense, context=0.5, falls=True):
     """What `descent.measure` gives: shares right by arm."""

@@ -30,9 +30,9 @@ def some_tasks(G=3, seed=0, queries=3):
         found.append(Task(q, steps if whole else steps[:-1], asked, whole))
     return found
 
-def inner_of(model, K=1, fast="*.up,*.down", alpha=0.05, algo="maml", **options):
+def inner_of(model, K=1, fast="*.up,*.down", alpha=0.05, **options):
     """-> (Inner, {(layer, step): logarithm of its rate}), all rates different."""
-    names = meta.fast_layers(model, fast, algo)
+    names = meta.fast_layers(model, fast)
     inner, logs = meta.Inner(model, names, K, 1.0, TAU, **options).double(), {}
     for (i, name), k in itertools.product(enumerate(names), range(K)):
         inner.log_alpha.data[i, k] = log = math.log(alpha * (1 + 0.3 * i + 1.7 * k))
@@ -105,12 +105,12 @@ def test_dual_equals_primal_losses_and_meta_gradients(tiny, K, fast, order):
 
 @pytest.mark.parametrize("K", (1, 2))
 @pytest.mark.parametrize("algo,update,holds", [
-    ("maml", "gradient", True), ("anil", "gradient", True), ("none", "gradient", True),
+    ("maml", "gradient", True), ("none", "gradient", True), ("context", "gradient", True),
     ("maml", "write", True), ("fomaml", "gradient", False), ("fomaml", "write", False)])
 def test_meta_gradient_is_that_of_finite_differences_and_fomamls_is_not(tiny, K, algo, update,
                                                                         holds):
     """Along a random direction of theta and of what the inner loop learns."""
-    inner, _ = inner_of(tiny, K, algo=algo, update=update)
+    inner, _ = inner_of(tiny, K, update=update)
     parameters, h = [*tiny.parameters(), *inner.parameters()], 1e-6
     direction, values = [torch.randn_like(p) for p in parameters], []
     loss, _ = meta.meta_loss(tiny, inner, some_tasks(), algo)
@@ -129,19 +129,18 @@ def test_a_tiny_rate_gives_the_plain_gradient(tiny):
     adapted = dual(tiny, inner_of(tiny, 2, "*", alpha=1e-14)[0], some).sum()
     close(gradient(plain, tiny, []), gradient(adapted, tiny, []), 1e-11)
 
-def test_fast_layers_are_those_that_patterns_name_and_anil_moves_the_last_block_only(tiny):
+def test_fast_layers_are_those_that_patterns_name_and_no_other_moves(tiny):
     assert meta.fast_layers(tiny, "2.up,0.*") == ["0.qkv", "0.out", "0.up", "0.down", "2.up"]
-    for patterns, algo in (("9.up", "maml"), ("0.up", "anil")):
-        with pytest.raises(ValueError, match="no layer matches"):
-            meta.fast_layers(tiny, patterns, algo)
+    with pytest.raises(ValueError, match="no layer matches"):
+        meta.fast_layers(tiny, "9.up")
     some, moves = tasks.support(some_tasks(1)), set()
-    hook = meta.adapt(tiny, inner_of(tiny, algo="anil")[0], some).hook
+    hook = meta.adapt(tiny, inner_of(tiny, fast="2.*")[0], some).hook
 
     def watched(name, x, y):
         moves.update([] if torch.equal(hook(name, x, y), y) else [name])
         return y
     tiny(torch.arange(6)[None], hook=watched)
-    assert moves == {"2.up", "2.down"}
+    assert moves == {"2.qkv", "2.out", "2.up", "2.down"}
 
 @pytest.mark.parametrize("kind", ("own", "permuted", "constant", "random"))
 def test_nonsense_targets_are_asked_where_the_trajectorys_own_stand(tiny, kind):
@@ -195,11 +194,11 @@ def test_a_write_without_a_gradient_is_x_times_a_learned_matrix(tiny, K):
     expected = torch.stack([sum(losses_of(tiny, weights, q)) for q in task.queries])
     close(dual(tiny, inner, [task]), expected)
 
-@pytest.mark.parametrize("algo", ("maml", "fomaml", "anil", "none"))
+@pytest.mark.parametrize("algo", ("maml", "fomaml", "none"))
 def test_the_meta_objective_is_the_queries_loss_and_sfts_own_loss(tiny, algo, monkeypatch):
     """At theta', or at theta without an inner loop, + joint * L(theta); logged of the queries are
     the answers alone."""
-    (inner, logs), some = inner_of(tiny, 2, algo=algo), some_tasks()
+    (inner, logs), some = inner_of(tiny, 2), some_tasks()
     loss, numbers = meta.meta_loss(tiny, inner, some, algo, joint=0.7)
     losses, answers = [], []
     for task in some:
@@ -265,9 +264,10 @@ def test_outcomes_are_the_right_answers_of_every_place(monkeypatch):
 def test_a_meta_checkpoint_holds_theta_and_what_the_inner_loop_learned(base, tmp_path, exits,
                                                                        update):
     init = f"--init={base / 'ckpt.pt'}"
-    summary = a_run("meta", tmp_path, init, "--fast=*.up", f"--update={update}")
+    summary = a_run("meta", tmp_path, init, f"--update={update}")
     model, inner, c = meta.load_meta(tmp_path / "ckpt.pt")
-    assert c.steps == 12 and inner.names == ["0.up", "1.up"] and (inner.K, inner.tau) == (2, c.tau)
+    names = ["0.up", "0.down", "1.up", "1.down"]
+    assert c.steps == 12 and inner.names == names and (inner.K, inner.tau) == (2, c.tau)
     assert summary["rates"] == dict(zip(inner.names, inner.log_alpha.exp().tolist()))
     assert (inner.log_alpha != 0).all() and (inner.matrices is None) == (update == "gradient")
     exits(["not one of meta.py"], meta.load_meta, base / "ckpt.pt")

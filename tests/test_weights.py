@@ -1,4 +1,4 @@
-"""The trajectory as weights: `patch`, `gradient`, `landscape`. Criteria on made-up data, both ways;
+"""The trajectory as weights: `patch`, `gradient`. Criteria on made-up data, both ways;
 constructions against slow ones; figures from JSON alone."""
 import io
 import json
@@ -10,7 +10,7 @@ import torch
 
 import analyze
 from data import arithmetic, text
-from experiments import Analyze, gradient, landscape, patch
+from experiments import Analyze, gradient, patch
 from model import Config, Model
 
 RNG = np.random.default_rng(0)
@@ -26,7 +26,7 @@ def fresh(**shape):
     return analyze.untrained(Model(Config(text.VOCAB, heads=2, **shape)))
 
 
-@pytest.mark.parametrize("name", (patch, gradient, landscape))
+@pytest.mark.parametrize("name", (patch, gradient))
 def test_an_experiment_runs_and_its_figure_needs_the_json_alone(name):
     runs = SimpleNamespace(sft=lambda: fresh(layers=2, width=32))
     verdicts, numbers = name.judge(name.measure(Analyze(questions=20, cells="expr:3"), runs))
@@ -156,38 +156,3 @@ def residual(model, q, think):
     analyze.direct_logp(model, [q], thinks=[think])
     watch.remove()
     return left[0]
-
-
-# ------------------------------------------------------------------------------------- landscape
-
-def test_a_basin_has_a_verdict_at_every_radius():
-    def rings(*levels):
-        return np.stack([near(level) for level in levels])
-    loss = {"without": rings(1, 2, 2, 2, 2), "context": rings(0, 0, 0.5, 1, 2),
-            "other": rings(5, 9, 9, 11, 20)}
-
-    def verdicts(**other):
-        return list(landscape.judge(("", loss | other, {}))[0].values())
-    assert verdicts() == ["supported", "supported", "inconclusive", "refuted", "refuted"]
-    assert verdicts(other=loss["context"] - 1)[0] == "refuted"
-    assert verdicts(other=rings(5, 4, 4, 4, 4)) == verdicts()       # it has no vote there
-    assert verdicts(without=rings(1, 0.5, 2, 2, 2))[1] == "refuted"
-    L = np.array([[1.0, 0.0], [2.0, 0.5], [0.0, 3.0]])
-    assert landscape.sharpness(L).tolist() == [[0.5, 0.5], [-0.5, 3.0]]
-
-def test_rings_and_sheets_are_those_of_surface_and_theta_stands_in_the_middle(tiny):
-    planes = [analyze.directions(tiny, seed) for seed in (0, 1)]
-    rings = landscape.around(tiny, planes, QUESTIONS, THINKS)
-    angles = torch.arange(8, dtype=torch.float64) * torch.pi / 4
-    circle = torch.stack((angles.cos(), angles.sin()), 1)
-    rows = [[one for one in v for _ in range(8)] for v in (QUESTIONS, THINKS)]
-    for radius, ring in zip(landscape.RADII, rings[1:]):
-        points = (radius * circle).repeat(2, 1)
-        slow = [analyze.surface(tiny, *rows, plane, points) for plane in planes]
-        np.testing.assert_allclose(ring, np.mean(slow, 0).reshape(2, 8).mean(1), atol=1e-9)
-    sheet = landscape.sheet(tiny, QUESTIONS[0], THINKS[0], planes[0])
-    middle = landscape.GRID // 2
-    assert landscape.GRID % 2 == 1 and sheet[middle, middle] == pytest.approx(rings[0][0])
-    corner = torch.tensor([[-landscape.REACH, landscape.REACH]])
-    slow = analyze.surface(tiny, QUESTIONS[:1], THINKS[:1], planes[0], corner)
-    assert sheet[-1, 0] == pytest.approx(slow[0])

@@ -1,0 +1,133 @@
+"""What does one inner step do, and what of the trajectory does it? (Eq. 4)
+
+A trajectory of the largest trained size, its last state missing, moves theta to theta', which is
+asked another operation on the trajectory's last two results. The way from theta to theta', and on
+beyond it, is theta + s (theta' - theta): a real path, where the paper's Figure 2 draws one that is
+none.
+
+the step descends: at s = 1 the inner loop's own loss, at its temperature, is lower than at 0.
+the answer comes with it: so is the loss of the answer.
+
+Supported where the 95 % interval over questions lies above 0, refuted where it lies below, else
+inconclusive. Shown beside it: theta' moved by a part of the trajectory's tokens alone, and whose
+the update is, as shares of |theta' - theta|^2 (cross terms halved), by layer and by token.
+"""
+import random
+
+import numpy as np
+import torch
+
+from analyze import direct_logp, nll_of
+from data import arithmetic, text
+from data.tasks import Task, support
+from experiments.figure import COLOURS, band, chance_line, panels
+from lab.score import held_out
+from lab.verdict import decide, interval
+from meta import adapt, moved, part_of
+
+CLAIM = "Eq. 4: one step down the trajectory's loss lowers the answer's"
+ALONG = np.linspace(0, 1.5, 13)                     # s
+PARTS = {"the whole trajectory": None, "</think> alone": "closing", "all but </think>": "unclosed",
+         "the last state and </think>": "last", "all but those": "earlier"}
+
+
+def measure(c, runs):
+    """-> ({inner, L_support, L_q: (N, len(ALONG))}, {part of the trajectory: truths}, {layer, or
+    kind of token: share of the update})."""
+    model, inner, config = runs.meta()
+    questions = held_out("expr", max(config.counts), c.questions // 2)
+    rows, asked = trials(model, questions, config.style, random.Random(f"{c.seed}/step"))
+    return (along_the_step(model, inner, rows, asked), carriers(model, inner, rows, asked),
+            shares(inner, rows, adapt(model, inner, rows, order=1).updates[0]))
+
+def trials(model, questions, style, rng):
+    """A trajectory per question, its last state missing -> (support rows, the Questions asked)."""
+    steps = [arithmetic.steps(q, rng, style)[0][:-1] for q in questions]
+    asked = [arithmetic.relatives(q)["sibling"] for q in questions]
+    tasks = [Task(q, t, [a], False) for q, t, a in zip(questions, steps, asked)]
+    return support(tasks, model.device), asked
+
+def along_the_step(model, inner, rows, asked, along=ALONG):
+    """The inner loss, the trajectory's own loss at temperature 1, both per token, and the answer's,
+    on the way from theta to theta' -> {name: (N, len(along))}."""
+    updates = adapt(model, inner, rows, order=1).updates
+    n_targets, losses = (rows.inner >= 0).sum(1), {"inner": [], "L_support": [], "L_q": []}
+    for s in along:
+        part = [{name: (X, float(s) * D) for name, (X, D) in update.items()} for update in updates]
+        hook = moved(inner, part, len(asked))
+        with torch.no_grad():
+            h = model(**rows.inputs(), hook=hook)
+        for name, targets, tau in (("inner", inner.asked(rows), inner.tau),
+                                   ("L_support", rows.inner, 1.0)):
+            nll = model.score(h, targets, tau).detach()
+            losses[name].append((nll.sum(1) / n_targets).cpu().numpy())
+        losses["L_q"].append(nll_of(direct_logp(model, asked, hook), asked))
+    return {name: np.stack(y, 1) for name, y in losses.items()}
+
+def carriers(model, inner, rows, asked):
+    """Is theta' right that was moved by a part of the tokens? -> {part: truths}."""
+    found = {}
+    for name, what in PARTS.items():
+        part = rows
+        if what:
+            kept = part_of(rows, what)
+            part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
+        said = direct_logp(model, asked, adapt(model, inner, part, order=1).hook).argmax(-1)
+        found[name] = np.array([str(d) == q.answer for d, q in zip(said.tolist(), asked)])
+    return found
+
+def shares(inner, rows, update):
+    """Of |theta' - theta|^2 = sum over tokens i, j of (x_i x_j)(d_i d_j), what a layer and a kind
+    of token make -> {layers: {name: share}, tokens: {kind: share}}."""
+    by_layer, by_token = {}, 0
+    for name, (X, D) in update.items():
+        products = (X @ X.mT) * (D @ D.mT)                              # (N, P, P)
+        whole = inner.rate(name, 0).detach() ** 2 * products.sum(2)     # (N, P), signed
+        by_layer[name] = float(whole.sum())
+        by_token = by_token + whole.detach()
+    following, inside = rows.inner, rows.inner >= 0
+    digit, separator = following < 10, following == text.SEPARATOR
+    closing = part_of(rows, "closing")
+    kinds = {"the question": ~inside, "before a digit": inside & digit,
+             "before ;": separator, "before </think>": closing,
+             "before ( ) + - *": inside & ~digit & ~separator & ~closing}
+    total = sum(by_layer.values())
+    return {"by layer": {name: v / total for name, v in by_layer.items()},
+            "by token": {name: float(by_token[there].sum()) / total
+                         for name, there in kinds.items()}}
+
+def judge(raw):
+    along, carried, parts = raw
+    one, verdicts, gaps = list(ALONG).index(1.0), {}, {}
+    for part, name in (("the step descends", "inner"), ("the answer comes with it", "L_q")):
+        fall = along[name][:, 0] - along[name][:, one]
+        verdicts[part], gaps[part] = decide({"loss before - after": fall})
+    return verdicts, {
+        "gaps": gaps, "shares": parts,
+        "along": {name: [interval(column) for column in y.T] for name, y in along.items()},
+        "carriers": {name: interval(ok) for name, ok in carried.items()}}
+
+def draw(numbers):
+    fig, ((along, right), (layers, tokens)) = panels(2, 2, width=4.8, heights=[2.9, 2.5])
+    for name, colour, label in (("inner", "other", "inner loss (at its temperature), per token"),
+                                ("L_support", "filler", "of the trajectory, per token"),
+                                ("L_q", "weights", "of the answer")):
+        band(along, ALONG, numbers["along"][name], COLOURS[colour], label)
+    along.axvline(1, color="#cccccc", lw=0.8, zorder=0)
+    chance_line(along)
+    along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
+              ylim=(0, 4.2))
+    along.legend(fontsize=7)
+    for i, (mean, low, high) in enumerate(numbers["carriers"].values()):
+        right.barh(i, mean, 0.7, color=COLOURS["weights"])
+        right.errorbar(mean, i, xerr=[[mean - low], [high - mean]], ecolor="k", lw=0.8)
+    right.set_yticks(range(len(PARTS)), PARTS)
+    right.set(title="Which tokens the step is taken on", xlim=(0, 1), xlabel="right")
+    for ax, name in ((layers, "by layer"), (tokens, "by token")):
+        parts = numbers["shares"][name]
+        ax.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
+        ax.set_yticks(range(len(parts)), parts)
+        ax.set(title=f"The update, {name}", xlabel="share of its squared length")
+    for ax in (right, layers, tokens):
+        ax.invert_yaxis()
+    return fig
