@@ -45,6 +45,7 @@ class Analyze:
     seeds: int = flag(5, "runs per arm, where an experiment trains", 1, 1000)
     jobs: int = flag(0, "of those at a time; 0: one per CPU core, or one GPU", 0, 1000)
     arm: tuple = flag((), "compare: an arm's flags; give it once per arm")
+    ask: str = flag("", "walk, byhand: a question of your own, of 3 to 6 operands")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
     threads: int = flag(0, "CPU threads; 0: as many as torch chooses", 0, 1000)
 
@@ -164,13 +165,19 @@ def run(name: str, c, device, models: dict) -> dict:
         "seconds": round(time.perf_counter() - began, 1)}
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
     write(path, result)
-    experiment.draw(result["numbers"]).savefig(path.with_suffix(".png"))
+    paint(experiment, result["numbers"], path)
     print(f"{path.stem} ({result['seconds']} s)   {path.with_suffix('.png')}")
     for line in spoken(result["verdicts"]):
         print(f"    {line}")
     for line in getattr(experiment, "show", lambda numbers: [])(result["numbers"]):
         print(f"    {line}")
     return result
+
+def paint(experiment, numbers, path):
+    """Draws the figure, and the moving picture of an experiment that has one, beside its JSON."""
+    experiment.draw(numbers).savefig(path.with_suffix(".png"))
+    if hasattr(experiment, "film"):
+        experiment.film(numbers, path.with_suffix(".gif"))
 
 def each_model(c) -> list:
     """The command line for every run that --sft and --meta name, separated by commas, pair by
@@ -224,8 +231,7 @@ def redraw(c):
             result = page.read(path)
         except ValueError as e:
             fail(f"{path} is damaged: {e}")
-        figure = experiment_of(result["experiment"]).draw(result["numbers"])
-        figure.savefig(path.with_suffix(".png"))
+        paint(experiment_of(result["experiment"]), result["numbers"], path)
         print(path.with_suffix(".png"))
 
 def check(c):
@@ -239,6 +245,8 @@ def check(c):
         cells_of(c.cells)
     if c.tag and not re.fullmatch(r"[\w-]+", c.tag, re.ASCII):
         fail(f"--tag={c.tag}: letters, digits, - and _ are expected")
+    if c.ask and (c.redraw or not set(c.names) <= {"walk", "byhand"} or not c.names):
+        fail("--ask is for walk and byhand: python analyze.py walk --ask='(3+5)*2-7'")
     wanted = "compare" in c.names and not c.redraw
     if wanted != bool(c.arm) or len(c.arm) == 1:
         fail('compare needs two arms or more, and nothing else takes any: --arm="--steps=300" '
