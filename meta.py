@@ -157,7 +157,7 @@ def theta_prime(model, inner: Inner, support: text.Batch) -> dict:
     paths = linear_layers(model)
     params = {paths[name]: model.get_parameter(paths[name]) for name in inner.names}
     for k in range(inner.K):
-        h = functional_call(model, params, (), support.inputs() | {"twice": True})
+        h = functional_call(model, params, (), support.inputs())
         loss = inner.loss(model, h, support)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         params = {path: weight - inner.rate(name, k) * grad
@@ -191,7 +191,7 @@ def adapt(model, inner: Inner, support: text.Batch, order: int = 2) -> Adapted:
         for _ in range(inner.K):
             tape = {}
             hook = recording(tape, inner.names, moved(inner, updates, len(support.ids)))
-            h = model(**support.inputs(), hook=hook, twice=order == 2)
+            h = model(**support.inputs(), hook=hook)
             at_theta = h if at_theta is None else at_theta
             if inner.matrices is not None:
                 update = {name: (X, inner.written(name, X, support))

@@ -36,22 +36,84 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     """Brings the last dimension to mean 0 and variance 1."""
     return F.layer_norm(x, (x.size(-1),))
 
-def attention(q, k, v, bias=None, twice=False):
+def fused(q, k, v, bias=None):
+    """Attention by torch's kernel, which never writes the (T, S) weights to memory."""
+    causal = bias is None and q.size(-2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+
+def weights(q, k, bias=None):
+    """softmax(q k^T / sqrt(D) + bias), written out -> (B, H, T, S)."""
+    T, S = q.size(-2), k.size(-2)
+    scores = q / math.sqrt(q.size(-1)) @ k.mT
+    if bias is None and T > 1:
+        bias = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    return (scores if bias is None else scores + bias).softmax(-1)
+
+
+class Attention(torch.autograd.Function):
+    """Fused attention that can be differentiated as often as one likes.
+
+    MAML differentiates a gradient, so the backward pass of attention needs a derivative itself. No
+    fused kernel has one (pytorch#116350): its backward is a kernel of its own that autograd cannot
+    look into, and nobody wrote the third. Giving up the fused forward for it is not necessary. A
+    backward pass needs only q, k and v, so here it is computed from them in ordinary operations,
+    which autograd does differentiate. The forward saves nothing else: the (T, S) weights exist
+    while the gradient is computed, and longer only if that will be differentiated. With
+    P = softmax(q k^T / sqrt(D)) and g the gradient at P v:
+
+        dv = P^T g    dP = g v^T    dS = P * (dP - rowsum(P * dP)), at the scores
+        dq = dS k / sqrt(D)         dk = dS^T q / sqrt(D)"""
+    @staticmethod
+    def forward(ctx, q, k, v, bias=None):
+        ctx.save_for_backward(q, k, v, bias)
+        return fused(q, k, v, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, bias = ctx.saved_tensors
+        # Gradients are recorded here only under create_graph. Without it, as in all first-order
+        # training, the kernel's own backward is the better one. It wants what its forward keeps
+        # for it, which is run again: that costs less than the (T, S) weights.
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+                y = fused(*inputs, bias)
+            return *torch.autograd.grad(y, inputs, g), None
+        P = weights(q, k, bias)                                 # (B, H, T, S)
+        dP = g @ v.mT
+        dS = P * (dP - (P * dP).sum(-1, keepdim=True)) / math.sqrt(q.size(-1))
+        return dS @ k, dS.mT @ q, P.mT @ g, None
+
+
+def attention(q, k, v, bias=None):
     """Computes softmax(q k^T / sqrt(D) + bias) v (Eqs. 5, 6). q (B, H, T, D), k and v (B, H, S, D),
     bias (B or 1, 1, T, S) 0 or -inf. Without a bias it is causal where T = S, and a single query
-    sees everything; other shapes would mean two things, and are refused (AssertionError).
-
-    twice: the gradient will be differentiated. Fused kernels cannot do that (pytorch#116350), so
-    then the formula is written out. On a CPU it is also the faster one for short rows."""
+    sees everything; other shapes would mean two things, and are refused (AssertionError)."""
     T, S = q.size(-2), k.size(-2)
     assert bias is not None or T in (1, S), f"{T} queries over {S} keys need a mask"
-    causal = bias is None and T > 1
-    if not twice and (q.is_cuda or S >= 128):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
-    scores = q / math.sqrt(q.size(-1)) @ k.mT                   # (B, H, T, S)
-    if causal:
-        bias = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    if not q.is_cuda and S < 128:       # short rows on a CPU: plain autograd is faster
+        return weights(q, k, bias) @ v
+    return Attention.apply(q, k, v, bias)
+
+def backend_of(dtype, mask: bool, causal: bool, capability: tuple) -> str:
+    """Names the kernel that torch runs for attention on a GPU of this compute capability, cuDNN's
+    being switched off (lab/run.py).
+
+        type        capability   causal, or all keys   a mask
+        bfloat16    8.0 and up   flash                 efficient
+        bfloat16    below        math                  math
+        float16     8.0 and up   flash                 efficient
+        float16     below        efficient             efficient
+        float32     any          efficient             efficient
+        float64     any          math                  math
+
+    math writes the (T, S) weights out. Heads are taken to be a multiple of 8 channels wide: of
+    others, efficient takes none in half precision."""
+    assert not (mask and causal), "torch wants one or the other"
+    half, new = dtype in (torch.bfloat16, torch.float16), capability >= (8, 0)
+    if dtype == torch.float64 or dtype == torch.bfloat16 and not new:
+        return "math"
+    return "flash" if half and new and not mask else "efficient"
 
 
 class Linear(nn.Linear):
@@ -75,7 +137,7 @@ class Block(nn.Module):
         self.up = Linear(f"{i}.up", c.width, c.ratio * c.width)
         self.down = Linear(f"{i}.down", c.ratio * c.width, c.width)
 
-    def forward(self, x, bias, cache, hook, twice):
+    def forward(self, x, bias, cache, hook):
         B, T, C = x.shape
         qkv = self.qkv(norm(x), hook).view(B, T, 3 * self.heads, -1).transpose(1, 2)
         qk, v = qkv.split((2 * self.heads, self.heads), 1)
@@ -84,7 +146,7 @@ class Block(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
             cache[:] = k, v                                 # (B, H, S, D)
-        y = attention(q, k, v, bias, twice).transpose(1, 2).reshape(B, T, C)
+        y = attention(q, k, v, bias).transpose(1, 2).reshape(B, T, C)
         x = x + self.out(y, hook)
         hidden = self.up(norm(x), hook).relu()
         return x + self.down(hidden, hook)
@@ -112,12 +174,12 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def forward(self, ids, before=None, mask=None, cache=None, hook=None, twice=False):
+    def forward(self, ids, before=None, mask=None, cache=None, hook=None):
         """Reads ids (B, T) -> normalised hidden states (B, T, C).
 
         before (B, T): the token before each, default that on its left. mask (B or 1, 1, T, S)
         bool: who sees whom, default causal. cache: from `new_cache`; keys and values are added to
-        it, S counts them all. hook: see above. twice: this pass will be differentiated twice."""
+        it, S counts them all. hook: see above."""
         if before is None:
             before = F.pad(ids[:, :-1], (1, 0), value=PAD)
         # </think> comes in the same with a trajectory and without: only attention tells it more.
@@ -125,10 +187,13 @@ class Model(nn.Module):
         x, bias = self.embed(ids) + self.embed_before(before), None
         x = x.to(self.dtype)                                        # (B, T, C)
         if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
+            # A kernel reads a mask in pieces of 8: rows that start elsewhere, torch would copy to
+            # such places in every block.
+            *shape, S = mask.shape
+            bias = torch.zeros(*shape, -(-S // 8) * 8, dtype=x.dtype, device=x.device)[..., :S]
             bias.masked_fill_(~mask, -math.inf)
         for i, block in enumerate(self.blocks):
-            x = block(x, bias, None if cache is None else cache[i], hook, twice)
+            x = block(x, bias, None if cache is None else cache[i], hook)
         return norm(x)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:

@@ -104,17 +104,20 @@ def row(question: str, steps: list, answer: str, asides: bool = True, whole: boo
 
 
 class Batch(NamedTuple):
-    """Rows one below the other, padded on the right, all (R, T)."""
+    """Rows one below the other, padded on the right, tensors all (R, T)."""
     ids: torch.Tensor
     before: torch.Tensor
     targets: torch.Tensor
     inner: torch.Tensor
     step: torch.Tensor
     aside: torch.Tensor             # bool
+    asides: bool                    # is there any?
 
     def inputs(self) -> dict:
-        """What a model wants to know: `model(**batch.inputs())`."""
-        return {"ids": self.ids, "before": self.before, "mask": aside_mask(self.aside)}
+        """What a model wants to know: `model(**batch.inputs())`. Rows without asides are causal and
+        need no mask: the padding stands behind what counts. A GPU is faster without one."""
+        mask = aside_mask(self.aside) if self.asides else None
+        return {"ids": self.ids, "before": self.before, "mask": mask}
 
 def aside_mask(aside: torch.Tensor) -> torch.Tensor:
     """Tells who sees whom in rows (R, T), aside bool -> (R, 1, T, T) bool: a token sees what stands
@@ -128,7 +131,7 @@ def batch(rows: list, device="cpu") -> Batch:
     """Pads Rows."""
     fills = Row(PAD, PAD, IGNORE, IGNORE, 0, 0)
     columns = [padded([row[k] for row in rows], fill, device) for k, fill in enumerate(fills)]
-    return Batch(*columns[:-1], columns[-1].bool())
+    return Batch(*columns[:-1], columns[-1].bool(), any(any(row.aside) for row in rows))
 
 def padded(rows: list, fill: int = PAD, device="cpu", left: bool = False) -> torch.Tensor:
     """Fills lists of any lengths up on the right, or left -> (N, longest) int64."""

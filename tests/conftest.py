@@ -49,7 +49,7 @@ def close(a, b, tolerance=1e-10):
 
 def logp_at_end(model, ids, weights={}):
     """The log-probabilities of what follows a plain row of ids (V,), some weights given."""
-    h = functional_call(model, weights, (torch.tensor([ids]),), {"twice": True})
+    h = functional_call(model, weights, (torch.tensor([ids]),))
     return model.logits(h[0, -1]).log_softmax(-1)
 
 def slow_nll(model, row, weights={}):

@@ -63,7 +63,7 @@ def moved_by_hand(model, logs, K, task, first_order=False):
     head, t = text.prompt(task.solved.text), text.encode(";".join(task.steps))
     ids, weights = torch.tensor([[*head, *t]]), weights_of(model, logs)
     for k in range(K):
-        h = functional_call(model, weights, (ids,), {"twice": True})
+        h = functional_call(model, weights, (ids,))
         logp, loss = (model.logits(h)[0] / TAU).log_softmax(-1), 0
         for i, target in enumerate([*t, text.END_THINK]):
             loss = loss - logp[len(head) - 1 + i, target]

@@ -6,9 +6,13 @@ import random
 import pytest
 import torch
 from conftest import close, logp_at_end
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model
 from data import arithmetic, text
-from model import Model, attention, left_mask, left_padded, sample
+from model import (Attention, Config, Model, attention, backend_of, left_mask, left_padded, sample,
+                   weights)
 
 RAGGED = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 4], [3, 3, 3, 7, 1]]
 
@@ -24,17 +28,95 @@ def random_bias(T, S):
     return torch.zeros(2, 1, T, S, dtype=torch.float64).masked_fill(hidden, -math.inf)
 
 
-@pytest.mark.parametrize("T,S,masked", [(130, 130, False), (130, 130, True), (1, 130, False),
-                                        (5, 130, True), (1, 130, True)])
-def test_fused_attention_equals_the_formula_forward_and_gradient(T, S, masked):
-    """Causal, under a mask, and one query that sees all keys."""
+CASES = pytest.mark.parametrize("T,S,masked", [(7, 7, False), (7, 7, True), (1, 7, False),
+                                               (3, 7, True), (1, 7, True)])
+
+def bias_of(T, S, masked):
     torch.manual_seed(0)
-    bias, (q, k, v), results = random_bias(T, S) if masked else None, qkv(T, S), []
-    for twice in (True, False):
-        y = attention(q, k, v, bias, twice)
-        results.append((y, *torch.autograd.grad(y.sin().sum(), (q, k, v))))
+    return random_bias(T, S) if masked else None
+
+def written(q, k, v, bias=None):
+    return weights(q, k, bias) @ v
+
+@CASES
+@pytest.mark.parametrize("order", (0, 1, 2))
+def test_fused_attention_equals_the_formula_and_so_do_its_derivatives(T, S, masked, order):
+    """Causal, under a mask, and one query that sees all keys; keys and values that depend on the
+    queries, as they all depend on the layer below."""
+    (q, k, v), bias, results = qkv(T, S), bias_of(T, S, masked), []
+    k = k + q.mean(-2, keepdim=True)
+    for f in (written, Attention.apply):
+        found = [f(q, k, v, bias)]
+        for i in range(order):
+            of = sum(x.sin().sum() for x in found)
+            found = torch.autograd.grad(of, (q, k, v), create_graph=i + 1 < order)
+        results.append(found)
     for a, b in zip(*results):
         close(a, b)
+
+@CASES
+def test_fused_attention_has_the_gradients_of_finite_differences_twice(T, S, masked):
+    bias = bias_of(T, S, masked)
+    bias = bias if bias is None else bias[:1]
+
+    def f(*qkv):
+        return Attention.apply(*qkv, bias)
+    inputs = [x[:1, :1, :, :3].detach().requires_grad_() for x in qkv(T, S)]
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+
+def test_fused_attention_keeps_its_inputs_alone_and_runs_without_a_graph():
+    (q, k, v), kept = qkv(7, 7), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        Attention.apply(q, k, v, None)
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in (q, k, v)]
+    with torch.inference_mode():
+        close(Attention.apply(q, k, v), written(q, k, v))
+
+@pytest.mark.parametrize("T", (20, 133))
+def test_meta_gradients_come_through_either_way(tiny, T, monkeypatch):
+    """In a whole model under functional_call, rows short and long."""
+    ids, path, found = torch.randint(0, 20, (2, T)), "blocks.1.up.weight", []
+    for f in (written, Attention.apply, attention):
+        monkeypatch.setattr(model, "attention", f)
+        W = tiny.get_parameter(path)
+        grad, = torch.autograd.grad(tiny.nll(ids, ids).mean(), W, create_graph=True)
+        h = functional_call(tiny, {path: W - grad}, (ids,))
+        found.append(torch.autograd.grad(tiny.score(h, ids).mean(), list(tiny.parameters())))
+    for a, b, c in zip(*found):
+        close(a, b)
+        close(a, c)
+
+KINDS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+         "float64": torch.float64}
+
+def test_the_kernel_of_every_kind_is_the_tables():
+    table = [line.split() for line in backend_of.__doc__.splitlines() if "float" in line]
+    assert len(table) == 6
+    for (kind, first, *_, plain, masked), newer in itertools.product(table, (True, False)):
+        if first == ("below" if newer else "8.0"):
+            continue
+        for capability in ((8, 0), (9, 0), (12, 0)) if newer else ((7, 0), (7, 5)):
+            for mask, causal in ((False, True), (False, False), (True, False)):
+                expected = masked if mask else plain
+                assert backend_of(KINDS[kind], mask, causal, capability) == expected
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("asides", (True, False))
+def test_a_gpu_runs_that_kernel_and_no_other(dtype, asides):
+    """Training rows with asides and without, forward, backward and twice: a fallback is refused."""
+    one = Model(Config(text.VOCAB, layers=2)).cuda()
+    one.dtype, batch = dtype, text.batch(some_rows(asides), "cuda")
+    name = backend_of(dtype, asides, not asides, torch.cuda.get_device_capability())
+    kernel = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+              "math": SDPBackend.MATH}[name]
+    with sdpa_kernel([kernel]):
+        loss = one.score(one(**batch.inputs()), batch.targets).mean()
+        grads = torch.autograd.grad(loss, list(one.parameters()), create_graph=True)
+        (loss + sum(g.square().sum() for g in grads)).backward()
+        one.score(one(**batch.inputs()), batch.targets).mean().backward()
+    assert all(p.grad.isfinite().all() for p in one.parameters())
+
 
 def slow_attention(q, k, v, seen):
     """One query at a time over the keys that it sees, by hand."""
@@ -57,20 +139,20 @@ def test_attention_of_any_shape_equals_a_slow_loop(seed):
 
     def seen(b, t, s):
         return s <= t or T == 1 if bias is None else bias[b, 0, t, s] == 0
-    for twice in (False, True):
-        close(attention(q, k, v, bias, twice), slow_attention(q, k, v, seen))
+    for f in (attention, Attention.apply):
+        close(f(q, k, v, bias), slow_attention(q, k, v, seen))
 
 @pytest.mark.parametrize("S", (7, 130))
-@pytest.mark.parametrize("twice", (False, True))
-def test_more_keys_than_queries_without_a_mask_are_refused(S, twice):
+def test_more_keys_than_queries_without_a_mask_are_refused(S):
     with pytest.raises(AssertionError, match="mask"):
-        attention(*qkv(3, S), None, twice)
+        attention(*qkv(3, S), None)
 
 
-def some_rows():
+def some_rows(asides=True):
     rng = random.Random(1)
     questions = [arithmetic.draw(rng, "expr", n) for n in (3, 6, 4)]
-    return [text.row(q.text, arithmetic.steps(q, rng)[0], q.answer) for q in questions]
+    return [text.row(q.text, arithmetic.steps(q, rng)[0], q.answer, asides)
+            for q in questions]
 
 def test_asides_change_nothing_for_the_rest_and_say_what_a_row_that_ends_there_says(tiny):
     for row in some_rows():
@@ -82,6 +164,18 @@ def test_asides_change_nothing_for_the_rest_and_say_what_a_row_that_ends_there_s
                 close(h[i], tiny(torch.tensor([[*trunk, text.END_THINK]]))[0, -1])
             trunk += [] if aside else [token]
         assert sum(row.aside) >= 2
+
+def test_rows_without_asides_need_no_mask_and_masks_start_where_kernels_read(tiny, monkeypatch):
+    """In steps of 8, so that torch copies nothing."""
+    batch, seen = text.batch(some_rows(asides=False)), []
+    given, masked = batch.inputs(), batch._replace(asides=True).inputs()
+    assert given["mask"] is None and masked["mask"] is not None
+    for h, other, row in zip(tiny(**given), tiny(**masked), some_rows(asides=False)):
+        close(h[:len(row.ids)], other[:len(row.ids)])
+    monkeypatch.setattr(model, "attention", lambda q, k, v, bias: seen.append(bias.stride()) or q)
+    tiny(**text.batch(some_rows()[:1]).inputs())
+    tiny(batch.ids[:, :1], mask=torch.ones(3, 1, 1, 1, dtype=torch.bool))
+    assert all(step % 8 == 0 for *steps, last in seen for step in steps if last == 1)
 
 def test_padding_changes_nothing(tiny):
     """On the right in batches, on the left where all rows are to end alike."""
