@@ -20,6 +20,7 @@ import fnmatch
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,7 +33,8 @@ from data import arithmetic, tasks, text
 from data.tasks import Task
 from lab import score
 from lab.flags import fail, flag, flags, from_file
-from lab.run import Run, command, device_of, lr_at, move, precision_of, prepare, provenance, write
+from lab.run import (Run, ahead, command, device_of, lr_at, move, precision_of, prepare, provenance,
+                     write)
 from model import Linear
 
 
@@ -278,8 +280,8 @@ def meta(c: Meta, given: dict) -> dict:
     everything = [*model.parameters(), *inner.parameters()]
     with Run(c, model, opts, inner) as run:
         model.dtype = precision_of(c, device)
-        for step in range(run.start, c.steps):
-            batch = tasks.tasks_at(step, c)
+        steps = range(run.start, c.steps)
+        for step, batch in zip(steps, ahead(partial(tasks.tasks_at, c=c), steps, device)):
             loss, numbers = meta_loss(model, inner, batch, c.algo)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(everything, CLIP)
@@ -421,8 +423,8 @@ def show_table(table: dict) -> str:
 def configure(c: Meta) -> Meta:
     """Exits 2 with a line where flags make no sense; looks at no file -> c."""
     for word in c.operands.split(","):
-        if word not in ("3", "4", "5", "6"):
-            fail(f"--operands={c.operands}: a list of 3, 4, 5, 6 is expected, such as 4,5,6")
+        if word not in train.COUNTS[1:]:
+            fail(f"--operands={c.operands}: counts from 3 to 10 are expected, such as 4,5,6")
     return c
 
 def main():

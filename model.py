@@ -54,12 +54,10 @@ class Attention(torch.autograd.Function):
     """Fused attention that can be differentiated as often as one likes.
 
     MAML differentiates a gradient, so the backward pass of attention needs a derivative itself. No
-    fused kernel has one (pytorch#116350): its backward is a kernel of its own that autograd cannot
-    look into, and nobody wrote the third. Giving up the fused forward for it is not necessary. A
-    backward pass needs only q, k and v, so here it is computed from them in ordinary operations,
-    which autograd does differentiate. The forward saves nothing else: the (T, S) weights exist
-    while the gradient is computed, and longer only if that will be differentiated. With
-    P = softmax(q k^T / sqrt(D)) and g the gradient at P v:
+    fused kernel has one (pytorch#116350): its backward is a kernel too, which autograd cannot look
+    into, and nobody wrote the third. But the forward can stay fused. Here it saves q, k and v, and
+    the backward pass is computed from them in ordinary operations, which autograd does
+    differentiate. With P = softmax(q k^T / sqrt(D)) and g the gradient at P v:
 
         dv = P^T g    dP = g v^T    dS = P * (dP - rowsum(P * dP)), at the scores
         dq = dS k / sqrt(D)         dk = dS^T q / sqrt(D)"""
@@ -71,9 +69,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         q, k, v, bias = ctx.saved_tensors
-        # Gradients are recorded here only under create_graph. Without it, as in all first-order
-        # training, the kernel's own backward is the better one. It wants what its forward keeps
-        # for it, which is run again: that costs less than the (T, S) weights.
+        # Without create_graph, as in first-order training, nothing is recorded here. Then the
+        # kernel's own backward is better. It needs what its forward would have kept: run it again.
         if not torch.is_grad_enabled():
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -107,8 +104,8 @@ def backend_of(dtype, mask: bool, causal: bool, capability: tuple) -> str:
         float32     any          efficient             efficient
         float64     any          math                  math
 
-    math writes the (T, S) weights out. Heads are taken to be a multiple of 8 channels wide: of
-    others, efficient takes none in half precision."""
+    math writes the (T, S) weights out, and takes what efficient refuses: heads whose width is no
+    multiple of 8 (float32: of 4)."""
     assert not (mask and causal), "torch wants one or the other"
     half, new = dtype in (torch.bfloat16, torch.float16), capability >= (8, 0)
     if dtype == torch.float64 or dtype == torch.bfloat16 and not new:
@@ -187,7 +184,7 @@ class Model(nn.Module):
         x, bias = self.embed(ids) + self.embed_before(before), None
         x = x.to(self.dtype)                                        # (B, T, C)
         if mask is not None:
-            # A kernel reads a mask in pieces of 8: rows that start elsewhere, torch would copy to
+            # Kernels want every row of a mask to start at a multiple of 8: torch would copy it to
             # such places in every block.
             *shape, S = mask.shape
             bias = torch.zeros(*shape, -(-S // 8) * 8, dtype=x.dtype, device=x.device)[..., :S]

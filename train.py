@@ -11,6 +11,8 @@ A method's function takes the gradient of one step; the loop in `train`, below t
 """
 import random
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +21,8 @@ import torch.nn.functional as F
 
 from data import arithmetic, text
 from lab.flags import fail, flag, flags
-from lab.run import (Run, command, device_of, load, lr_at, move, precision_of, prepare, provenance,
-                     write)
+from lab.run import (Run, ahead, command, device_of, load, lr_at, move, precision_of, prepare,
+                     provenance, write)
 from lab.score import exact_match, respond, show_table
 from model import Config, Model
 
@@ -29,7 +31,7 @@ from model import Config, Model
 class Train:
     """Training of a small transformer on arithmetic with one digit, the trajectory in context."""
     method: Literal["sft", "grpo", "dpo"] = flag("sft", "from given trajectories, or its own")
-    preset: Literal["tiny", "gpu"] = flag("tiny", "sft: gpu is a larger model and batch")
+    preset: Literal["tiny", "gpu"] = flag("tiny", "sft: gpu shows what size buys")
     out: str = flag("out/sft", "the folder of the run")
     init: str = flag("", "a checkpoint to start from; grpo and dpo need one")
     resume: bool = flag(False, "go on with the run in --out")
@@ -45,7 +47,7 @@ class Train:
     lr_adam: float = flag(0.01, "of AdamW, for embedding and head")
     warmup: int = flag(20, "steps of linear warm-up")
     domains: str = flag("expr,sum", "of the questions, drawn evenly")
-    operands: str = flag("", "counts such as 3,4, drawn evenly; empty: mostly 4 to 6")
+    operands: str = flag("", "of 2 to 10, as 3,4, drawn evenly; empty: mostly 4 to 6")
     ops: str = flag("+-*", "operations of expr")
     style: str = flag("states", f"sft: of the trajectories, one of {arithmetic.STYLES}, or several")
     asides: Literal["yes", "no"] = flag("yes", "sft: ask for the answer after every state")
@@ -63,13 +65,16 @@ class Train:
 
     script = "train.py"
 
-PRESETS = {"tiny": {}, "gpu": {"layers": 8, "heads": 8, "width": 384, "batch": 1024}}
+# gpu, 25 million parameters: is the curve smoother with a better head, how far does theta' carry?
+PRESETS = {"tiny": {}, "gpu": {"layers": 8, "heads": 8, "width": 512, "batch": 1024, "lr": 0.02,
+                               "lr_adam": 0.003, "operands": "2,3,4,5,6,7,8,9,10"}}
+COUNTS = PRESETS["gpu"]["operands"].split(",")      # operands that there is training for
 FOR_RL = {"batch": 256, "steps": 100, "lr": 0.001, "lr_adam": 0.001, "save_every": 25,
           "dtype": "float32"}
 
 CLIP = 0.2                                          # of the probability ratio in GRPO
 BETA = 0.1                                          # how far preferences may pull from --init
-PIECE = 24                                          # rows that a CPU computes at a time
+PIECE = {"cpu": 24, "cuda": 256}                    # rows that are computed at a time
 
 
 # --------------------------------------------------------------------------- the losses (Table 1)
@@ -104,20 +109,23 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 # ------------------------------------------------------------------- SFT: off-policy trajectories
 
-def sft(c, model, mix, step, ref=None) -> dict:
-    """Cross-entropy on trajectories and answers that somebody wrote: leaves the gradient of a step
-    in the parameters -> numbers to log."""
+def pieces(c, mix, size, step) -> list:
+    """Draws the samples of a step -> Batches of `size` rows of about one length: little padding."""
     rows = text.batch_at(step, c.batch, mix, c.seed, c.asides == "yes")
-    n = sum(target >= 0 for row in rows for target in row.targets)
-    size = len(rows) if model.device.type == "cuda" else PIECE
+    return [text.batch(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+def sft(c, model, drawn, step, ref=None) -> dict:
+    """Cross-entropy on trajectories and answers that somebody wrote, drawn by `pieces`: leaves the
+    gradient of a step in the parameters -> numbers to log."""
+    n = sum(int((batch.targets >= 0).sum()) for batch in drawn)
     total = 0.0
-    for i in range(0, len(rows), size):             # rows of about one length: little padding
-        batch = text.batch(rows[i:i + size], model.device)
+    for batch in drawn:
+        batch = batch.to(model.device)
         nll = model.score(model(**batch.inputs()), batch.targets)           # (R, T)
         loss = sft_loss(nll, n)
         loss.backward()
         total = total + loss.detach()
-    return {"loss": float(total), "tokens": sum(len(row.ids) for row in rows)}
+    return {"loss": float(total), "tokens": sum(int((b.ids != text.PAD).sum()) for b in drawn)}
 
 
 # -------------------------------------------------------------- GRPO, DPO: the model's own outputs
@@ -209,18 +217,22 @@ def train(c: Train, given: dict) -> dict:
     opts, gradient = optimisers(model, c), METHODS[c.method]
     with Run(c, model, opts) as run:
         model.dtype = precision_of(c, device)
-        for step in range(run.start, c.steps):
-            numbers = gradient(c, model, mix, step, ref)
+        steps, drawn = range(run.start, c.steps), repeat(mix)
+        if c.method == "sft":
+            drawn = ahead(partial(pieces, c, mix, PIECE[device.type]), steps, device)
+        for step, given_step in zip(steps, drawn):
+            numbers = gradient(c, model, given_step, step, ref)
             if numbers.get("signal", 1):            # Muon ignores the size of a gradient, even 0
                 move(opts, lr_at(c, step))
             run.log(step, numbers)
             run.save(step)
         summary = provenance(c, model, run)
         model.dtype = None
-    table, mistakes = exact_match(model, arithmetic.TESTED, c.questions)
+    cells = arithmetic.TESTED | {"expr": range(3, max(8, 2 + max(mix.operands, default=6)) + 1)}
+    table, mistakes = exact_match(model, cells, c.questions)
     summary |= {"exact_match": table, "mistakes": mistakes[:20]}
     write(Path(c.out) / "summary.json", summary)
-    print(show_table(table))
+    print(show_table(table, mix.operands))
     print("\n".join(["a few mistakes:", *mistakes[:5]]) if mistakes else "no mistakes")
     return summary
 
@@ -292,10 +304,10 @@ def configure(c: Train, given: dict) -> Train:
         fail("--support counts trajectories of the questions in a --pool: give its size")
     if not c.init and c.width % c.heads:
         fail(f"--width={c.width} must be a multiple of --heads={c.heads}")
-    lists = {"domains": arithmetic.TRAINED, "style": arithmetic.STYLES, "operands": "23456"}
+    lists = {"domains": arithmetic.TRAINED, "style": arithmetic.STYLES, "operands": COUNTS}
     for name, allowed in lists.items():
         for word in getattr(c, name).split(","):
-            if getattr(c, name) and word not in tuple(allowed):
+            if getattr(c, name) and word not in allowed:
                 fail(f"--{name}={getattr(c, name)}: {word!r} is not one of {', '.join(allowed)}")
     if c.direct == 1:
         fail("--direct=1: a question has two operands or more")
@@ -312,9 +324,11 @@ def ask(c: Train, given: dict):
         q = arithmetic.parse(c.ask)
     except ValueError as e:
         fail(e)
-    model, _ = load_model(Path(c.out) / "ckpt.pt", device_of(c))
+    model, state = load_model(Path(c.out) / "ckpt.pt", device_of(c))
+    counts = numbers(state["config"].get("operands", ""))
     [(think, answer)], [(_, direct)] = respond(model, [q]), respond(model, [q], "direct")
-    note = "" if q.trained else "   (longer than, or unlike, anything it trained on)"
+    trained = arithmetic.trained(q.domain, q.operands, counts)
+    note = "" if trained else "   (longer than, or unlike, anything it trained on)"
     print(f"question    {q.text}{note}")
     for step, ok in zip(think.split(";"), arithmetic.check(q, think)):
         print(f"            {step}   {'ok' if ok else 'wrong'}")

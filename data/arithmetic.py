@@ -52,10 +52,10 @@ class Question(NamedTuple):
     def operands(self) -> int:
         return operands(self.text)
 
-    @property
-    def trained(self) -> bool:
-        """Does training see this domain and size?"""
-        return self.operands in TRAINED.get(self.domain, ())
+
+def trained(domain: str, operands: int, counts: tuple = ()) -> bool:
+    """Does training see this domain and size, with these operand counts beside the usual ones?"""
+    return domain in TRAINED and operands in (*TRAINED[domain], *counts)
 
 
 # ------------------------------------------------------------------------------- values and text

@@ -44,7 +44,7 @@ def task_at(rng: random.Random, c) -> Task:
             steps, whole = steps[:shown], shown == len(steps)
         asked = rng.sample(asked, min(len(asked), c.queries - 1))
         while len(asked) < c.queries:
-            asked.append(arithmetic.draw(rng, "expr", rng.randint(2, 6)))
+            asked.append(arithmetic.draw(rng, "expr", rng.randint(2, max(6, *c.counts))))
         if steps and not arithmetic.leaks(*(q.text for q in asked)):
             return Task(q, steps, asked, whole)
 

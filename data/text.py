@@ -119,6 +119,9 @@ class Batch(NamedTuple):
         mask = aside_mask(self.aside) if self.asides else None
         return {"ids": self.ids, "before": self.before, "mask": mask}
 
+    def to(self, device):
+        return Batch(*(x.to(device, non_blocking=True) for x in self[:-1]), self.asides)
+
 def aside_mask(aside: torch.Tensor) -> torch.Tensor:
     """Tells who sees whom in rows (R, T), aside bool -> (R, 1, T, T) bool: a token sees what stands
     before it but asides, and itself."""

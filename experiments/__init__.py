@@ -1,7 +1,7 @@
 """One file a figure, each of the same four parts, to be read from top to bottom:
 
     docstring   the question, and its criterion in words
-    measure     models -> raw numbers, one per question or run
+    measure     models -> raw numbers, one per question or run; or yields them as they grow
     judge       raw numbers -> ({part of the claim: verdict}, what the JSON keeps); needs no model
     draw        the JSON's numbers -> a figure; needs neither model nor raw numbers
 
@@ -151,20 +151,28 @@ def run(name: str, c, device, models: dict) -> dict:
     experiment = experiment_of(name)
     trains = getattr(experiment, "TRAINS", False)
     judged, checkpoints, began = [], {}, time.perf_counter()
+    path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
+
+    def written():
+        result = {
+            "experiment": name, "claim": experiment.CLAIM,
+            "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
+            "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
+            "gaps": [dict(deciding(numbers)) for _, numbers in judged],
+            "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
+            "command": typed(name, c), "config": asdict(c), "revision": revision(),
+            "seconds": round(time.perf_counter() - began, 1)}
+        write(path, result)
+        return result
     for one in [c] if trains else each_model(c):
         runs = models.setdefault((one.sft, one.meta), Runs(one, device))
-        judged.append(experiment.judge(experiment.measure(one, runs)))
+        raw = experiment.measure(one, runs)
+        for raw in raw if inspect.isgenerator(raw) else ():     # a run that is cut short counts
+            judged[:] = [experiment.judge(raw)]
+            written()
+        judged += [] if trains and judged else [experiment.judge(raw)]
         checkpoints |= {} if trains else runs.checkpoints
-    result = {
-        "experiment": name, "claim": experiment.CLAIM,
-        "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
-        "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
-        "gaps": [dict(deciding(numbers)) for _, numbers in judged],
-        "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
-        "command": typed(name, c), "config": asdict(c), "revision": revision(),
-        "seconds": round(time.perf_counter() - began, 1)}
-    path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
-    write(path, result)
+    result = written()
     paint(experiment, result["numbers"], path)
     print(f"{path.stem} ({result['seconds']} s)   {path.with_suffix('.png')}")
     for line in spoken(result["verdicts"]):

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import text
@@ -203,6 +204,23 @@ def move(opts: list, share: float):
             group["lr"] = share * group.setdefault("base", group["lr"])
         opt.step()
         opt.zero_grad(set_to_none=True)
+
+
+class Draws:
+    """draw(step) of any step, in the form that a DataLoader reads."""
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __getitem__(self, step):
+        return self.draw(step)
+
+def ahead(draw, steps: range, device):
+    """Yields draw(step), a list, for every step. A GPU would wait for Python, so processes draw
+    ahead of it; draw must be a pure function of its step, so that nothing else changes."""
+    if device.type != "cuda":
+        return map(draw, steps)
+    workers = min(8, os.cpu_count() or 1)
+    return DataLoader(Draws(draw), None, sampler=steps, num_workers=workers, collate_fn=list)
 
 
 class Run:

@@ -92,7 +92,7 @@ def exact_match(model, cells: dict, n: int, part: str = "test"):
         for q, (t, a) in zip(questions, respond(model, questions, mode)):
             ok = arithmetic.verify(q, a)
             cell.setdefault((q.domain, str(q.operands)), []).append(ok)
-            if not ok and mode == "trajectory" and q.trained:
+            if not ok and mode == "trajectory" and arithmetic.trained(q.domain, q.operands):
                 says = a or "(no answer)"
                 mistakes.append(f"{q.text} -> {t[:60]} -> {says}, but it is {q.answer}")
         for (domain, k), verdicts in cell.items():
@@ -100,12 +100,11 @@ def exact_match(model, cells: dict, n: int, part: str = "test"):
             table.setdefault(domain, {}).setdefault(k, {})[mode] = share
     return table, mistakes
 
-def show_table(table: dict) -> str:
-    """Writes exact match as text, one line per cell."""
+def show_table(table: dict, counts: tuple = ()) -> str:
+    """Writes exact match as text, one line per cell. counts: see `trained`."""
     lines = [f"{'domain':8} {'operands':>8} {'trajectory':>11} {'direct':>8}"]
     for d, ks in table.items():
         for k, m in ks.items():
-            trained = int(k) in arithmetic.TRAINED.get(d, ())
-            note = "" if trained else "   never trained on"
+            note = "" if arithmetic.trained(d, int(k), counts) else "   never trained on"
             lines.append(f"{d:8} {k:>8} {m['trajectory']:>11.1%} {m['direct']:>8.1%}{note}")
     return "\n".join(lines)

@@ -172,13 +172,14 @@ LINES = {"train": """
     --method=grpo --init=x --update=99 : update | --method=grpo --init=x --group=7 : group |
     --pool=9 --domains=expr --operands=2 --support=9 : trajectories | --support=4 : pool |
     --style=states,,short : style | --domains=chain : chain | --domains=, : domains |
-    --operands=9 : operands | --operands=3,,4 : operands | --operands=, : operands | --ops=/ : ops |
-    --width=16 : multiple | --direct=1 : direct | --direct=9 : direct | --init=nowhere : nowhere |
-    --init=foreign : foreign | --out=/dev/null/run : /dev/null | --out=foreign/run : foreign |
+    --operands=11 : operands | --operands=3,,4 : operands | --operands=, : operands |
+    --ops=/ : ops | --width=16 : multiple | --direct=1 : direct | --direct=9 : direct |
+    --init=nowhere : nowhere | --init=foreign : foreign | --out=/dev/null/run : /dev/null |
+    --out=foreign/run : foreign |
     --ask=3+4 : checkpoint | --ask=3+x : 'x' | --ask=12+3 : digits | --ask=3+4 --steps=3 : steps |
     --out=BASE : overwrite | --out=BASE --resume --lr=0.5 : 0.5 | --out=BASE --resume --steps=9 : 9
     | --out=BASE --overwrite --init=BASE/ckpt.pt : overwritten""", "meta": """
-    --operands=3,,4 : operands | --operands=9 : operands | --fast=9.up : 9.up | --K=0 : K |
+    --operands=3,,4 : operands | --operands=2 : operands | --fast=9.up : 9.up | --K=0 : K |
     --algo=sgd : algo | --queries=1 : queries | --tau=0 : tau |
     --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign""", "analyze": """
     nope : nope | curve curve : twice | compare : arms | compare --arm=--steps=3 : arms |

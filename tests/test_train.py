@@ -42,10 +42,9 @@ def log_likelihood(model, output):
     return sum(logp_at_end(model, [*head, *ids[:i]])[token] for i, token in enumerate(ids))
 
 
-def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny, monkeypatch):
-    monkeypatch.setattr(train, "PIECE", 4)
+def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny):
     c, mix = train.Train(batch=10), text.Mix(operands=(3, 4), styles=arithmetic.STYLES)
-    numbers, found = train.sft(c, tiny, mix, 5), grads(tiny)
+    numbers, found = train.sft(c, tiny, train.pieces(c, mix, 4, 5), 5), grads(tiny)
     losses = [x for row in text.batch_at(5, 10, mix, 0) for x in slow_nll(tiny, row)]
     loss = torch.stack(losses).mean()
     loss.backward()
