@@ -47,8 +47,8 @@ def used(cuda: bool) -> float:
 
 def clock(cuda: bool, *ways):
     """Runs functions in turn, again and again -> seconds (repeats, ways), MiB that each took."""
-    rows = []
-    while len(rows) < 1 + REPEATS and np.sum(rows) < LONG * len(ways):
+    rows, start = [], time.perf_counter()
+    while not rows or len(rows) <= REPEATS and time.perf_counter() - start < LONG * len(ways):
         rows.append([])
         for f in ways:
             _, before, began = used(cuda), used(cuda), time.perf_counter()

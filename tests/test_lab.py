@@ -1,5 +1,6 @@
 """The bench: flags, files, devices, intervals and verdicts, scores."""
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,6 +27,15 @@ def test_rates_warm_up_stay_level_and_fall_to_zero():
     level, fall = [1] * 10, [(20 - i) / 20 for i in range(20)]
     assert shares == pytest.approx([(i + 1) / 10 for i in range(10)] + level + fall)
     assert run.lr_at(c, 20) == 0.5
+
+def test_samples_drawn_ahead_are_the_same():
+    draw = partial(train.pieces, train.Train(batch=6), text.Mix(), 4)
+    for one, other in zip(*(run.ahead(draw, range(3, 6), torch.device(d)) for d in ("cpu", "cuda")),
+                          strict=True):
+        assert len(one) == len(other) == 2
+        for a, b in zip(one, other):
+            assert type(b) is text.Batch and a.asides is b.asides
+            assert all(map(torch.equal, a[:-1], b[:-1]))
 
 def test_intervals_have_the_published_values():
     """Wilson's for 200 right of 200 and for 1 of 10 (Brown, Cai, DasGupta 2001), Student's

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import experiments
 import meta
 from data import tasks, text
 from experiments import Analyze, dots, speed
@@ -28,11 +29,12 @@ def figure(module, numbers):
 def test_an_experiment_runs_and_its_figure_needs_the_json_alone(module, monkeypatch):
     torch.manual_seed(0)
     model = Model(Config(text.VOCAB, layers=3, heads=2, width=32))
-    for name, value in (("REPEATS", 1), ("LENGTHS", (64,)), ("CURVE", 8)):
+    for name, value in (("LONG", 1e-9), ("LENGTHS", (64,)), ("SIZES", {"cpu": (2, 2, (8,), 64)}),
+                        ("exact_match", lambda *_: None), ("Config", lambda vocab: model.config)):
         monkeypatch.setattr(speed, name, value)
-    monkeypatch.setattr(speed, "Config", lambda vocab: model.config)
-    runs = SimpleNamespace(sft=lambda: model, device=model.device)
-    verdicts, numbers = module.judge(module.measure(Analyze(questions=40, cells="expr:4"), runs))
+    c = Analyze(questions=40, cells="expr:4")
+    raw = module.measure(c, SimpleNamespace(sft=lambda: model, device=model.device))
+    verdicts, numbers = module.judge([*raw][-1] if module is speed else raw)
     assert set(verdicts.values()) <= {"supported", "refuted", "inconclusive", "measured"}
     assert figure(module, numbers) > 10_000
 
@@ -46,6 +48,17 @@ def test_dots_can_go_either_way():
 
 
 # ----------------------------------------------------------------------------------------- speed
+
+def test_what_is_measured_row_by_row_is_on_disk_when_it_is_cut_off(tmp_path, monkeypatch):
+    def measure(c, runs):
+        for n in (1, 2):
+            yield {"ratios": {"a": n}}
+        raise KeyboardInterrupt
+    monkeypatch.setattr(speed, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run("speed", Analyze(out=str(tmp_path)), torch.device("cpu"), {})
+    result = json.loads((tmp_path / "figures" / "speed.json").read_text())
+    assert result["numbers"] == {"ratios": {"a": 2}} and result["verdicts"]
 
 def test_slow_ways_and_fast_ones_give_the_same(tiny):
     inner = meta.Inner(tiny, meta.fast_layers(tiny, "*.up,*.down")).double()
