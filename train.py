@@ -9,6 +9,7 @@ the inner loop.
 
 A method's function takes the gradient of one step; the loop in `train`, below them, does the rest.
 """
+import copy
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -213,9 +214,10 @@ def train(c: Train, given: dict) -> dict:
     device, mix = device_of(c), mix_of(c)
     torch.manual_seed(c.seed)
     model = new_model(c, device, given)
-    ref = load_model(c.init, device)[0].requires_grad_(False) if c.method == "dpo" else None
+    # Kept in the checkpoint: what lies at --init may be another model when the run is resumed.
+    ref = copy.deepcopy(model).requires_grad_(False) if c.method == "dpo" else None
     opts, gradient = optimisers(model, c), METHODS[c.method]
-    with Run(c, model, opts) as run:
+    with Run(c, model, opts, ref) as run:
         model.dtype = precision_of(c, device)
         steps, drawn = range(run.start, c.steps), repeat(mix)
         if c.method == "sft":

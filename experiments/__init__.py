@@ -56,42 +56,40 @@ class Analyze:
 
 class Runs:
     """The runs that a command line names, loaded when asked for. The default ones are trained first
-    where they are missing. `checkpoints` is what was loaded: {folder: checksum}."""
+    where they are missing. `checkpoints` is what an experiment looked at: {folder: checksum},
+    `others` what it had looked at before."""
 
     def __init__(self, c, device):
-        self.c, self.device, self.loaded, self.checkpoints = c, device, {}, {}
+        self.c, self.device, self.loaded, self.checkpoints, self.others = c, device, {}, {}, {}
 
-    def sft(self, folder: str = None):
-        """The model of --sft, or of another run of train.py."""
-        folder = folder or self.c.sft
-        words = [f"--out={folder}", f"--device={self.c.device}"]
-        made = folder == Analyze.sft
-        return self.get(folder, train, words, made,
-                        lambda path: train.load_model(path, self.device)[0])
+    def sft(self):
+        """The model of --sft."""
+        return self.get(self.c.sft, train, train.load_model)[0]
 
     def meta(self):
         """The run of --meta -> (model, inner, its config)."""
-        words = [f"--out={self.c.meta}", f"--device={self.c.device}",
-                 f"--init={Path(self.c.sft) / 'ckpt.pt'}"]
-        made = self.c.meta == Analyze.meta
-        if made:
+        if self.c.meta == Analyze.meta:
             self.sft()
-        found = self.get(self.c.meta, meta, words, made, lambda p: meta.load_meta(p, self.device))
+        init = f"--init={Path(self.c.sft) / 'ckpt.pt'}"
+        found = self.get(self.c.meta, meta, meta.load_meta, init)
         if not found[2].moves:
             fail(f"{self.c.meta} was trained with --algo={found[2].algo}: there is no theta' in it")
         return found
 
-    def get(self, folder, script, words, made, load):
+    def get(self, folder, script, load, *init):
         """Loads a run once; the default one is trained, or resumed, first."""
         if folder not in self.loaded:
-            path = Path(folder) / "ckpt.pt"
+            path, made = Path(folder) / "ckpt.pt", folder in (Analyze.sft, Analyze.meta)
             if made and not (Path(folder) / "summary.json").exists():
                 print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
-                words = [*words[:2], "--resume"] if path.exists() else [*words, "--overwrite"]
+                words = [f"--out={folder}", f"--device={self.c.device}"]
+                words += ["--resume"] if path.exists() else [*init, "--overwrite"]
                 name = script.__name__
                 getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
-            self.loaded[folder] = load(path)
-            self.checkpoints[folder] = checksum(path)
+            self.loaded[folder] = load(path, self.device)
+        weights = self.checkpoints[folder] = checksum(self.loaded[folder][0])
+        if weights in self.others.values():
+            fail(f"{folder} has the same weights as another of these models, and would count twice")
         return self.loaded[folder]
 
 
@@ -153,31 +151,26 @@ def run(name: str, c, device, models: dict) -> dict:
     judged, checkpoints, began = [], {}, time.perf_counter()
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
 
-    def written():
-        result = {
-            "experiment": name, "claim": experiment.CLAIM,
-            "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
-            "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
-            "gaps": [dict(deciding(numbers)) for _, numbers in judged],
-            "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
-            "command": typed(name, c), "config": asdict(c), "revision": revision(),
-            "seconds": round(time.perf_counter() - began, 1)}
-        write(path, result)
-        return result
-    for one in [c] if trains else each_model(c):
+    for i, one in enumerate([c] if trains else each_model(c)):
         runs = models.setdefault((one.sft, one.meta), Runs(one, device))
-        raw = experiment.measure(one, runs)
-        for raw in raw if inspect.isgenerator(raw) else ():     # a run that is cut short counts
-            judged[:] = [experiment.judge(raw)]
-            written()
-        judged += [] if trains and judged else [experiment.judge(raw)]
-        checkpoints |= {} if trains else runs.checkpoints
-    result = written()
+        runs.checkpoints, runs.others = {}, checkpoints.copy()
+        measured = experiment.measure(one, runs)
+        for raw in measured if inspect.isgenerator(measured) else [measured]:
+            judged[i:] = [experiment.judge(raw)]
+            checkpoints |= {} if trains else runs.checkpoints
+            result = {
+                "experiment": name, "claim": experiment.CLAIM,
+                "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
+                "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
+                "gaps": [dict(deciding(numbers)) for _, numbers in judged],
+                "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
+                "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
+                "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
+            write(path, result)                     # a run that is cut short counts, too
     paint(experiment, result["numbers"], path)
     print(f"{path.stem} ({result['seconds']} s)   {path.with_suffix('.png')}")
-    for line in spoken(result["verdicts"]):
-        print(f"    {line}")
-    for line in getattr(experiment, "show", lambda numbers: [])(result["numbers"]):
+    shown = getattr(experiment, "show", lambda numbers: [])(result["numbers"])
+    for line in [*shown, *spoken(result["verdicts"])]:
         print(f"    {line}")
     return result
 
@@ -229,18 +222,13 @@ def redraw(c):
     """Draws the named figures of OUT/figures, or all, from their JSON."""
     from experiments import page
     folder = Path(c.out) / "figures"
-    paths = [folder / f"{name}.json" for name in c.names] or sorted(folder.glob("*.json"))
-    if not paths:
-        fail(f"there is nothing in {folder} to draw from")
-    for path in paths:
-        if not path.exists():
-            fail(f"there is no {path} to draw from")
-        try:
-            result = page.read(path)
-        except ValueError as e:
-            fail(f"{path} is damaged: {e}")
-        paint(experiment_of(result["experiment"]), result["numbers"], path)
-        print(path.with_suffix(".png"))
+    found = page.results(folder)
+    for name in c.names or found:
+        if name not in found:
+            fail(f"there is no {folder / name}.json to draw from")
+        paint(experiment_of(found[name]["experiment"]), found[name]["numbers"],
+              folder / f"{name}.json")
+        print(folder / f"{name}.png")
 
 def check(c):
     """Refuses, with a line, what no experiment can do anything with."""

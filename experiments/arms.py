@@ -7,6 +7,7 @@
 `run_arms` trains what is missing, as processes that can be interrupted and resumed, asks all arms
 the same held-out questions, and gives one number per seed and question.
 """
+import ctypes
 import hashlib
 import os
 import re
@@ -28,7 +29,7 @@ from experiments import cells_of
 from lab.flags import fail, flags
 from lab.run import ROOT, checksum, device_of, read_log
 from lab.score import held_out, mg_pass_at_k, pass_at_k, right, sampled
-from lab.verdict import estimate
+from lab.verdict import over_seeds
 
 # What every run is given, and no arm may say.
 GIVEN = "--device --threads --questions --seed --out --resume --overwrite --ask".split()
@@ -37,7 +38,7 @@ GIVEN = "--device --threads --questions --seed --out --resume --overwrite --ask"
 class Arm(NamedTuple):
     """What became of an arm."""
     scores: dict                    # {metric: (seeds, questions)}
-    facts: dict                     # flags, seconds, tokens, checksums
+    facts: dict                     # flags, seconds, tokens, number type, checksums
 
 
 def run_arms(c, arms: dict, cells: str, samples: int = 0) -> dict:
@@ -57,8 +58,9 @@ def facts_of(arm: str, seeds: list) -> dict:
     steps = [[np.diff([0, *(line["seconds"] for line in log)]) for log in chain] for chain in logs]
     costs = [sum(len(times) * np.median(times) for times in chain) for chain in steps]
     tokens = [sum(line["tokens"] for log in chain for line in log) for chain in logs]
+    ends = [train.load_model(chain[-1].folder / "ckpt.pt") for chain in seeds]
     return {"flags": arm, "seconds": round(float(min(costs)), 1), "tokens": round(np.mean(tokens)),
-            "checksums": [checksum(chain[-1].folder / "ckpt.pt") for chain in seeds]}
+            "dtype": ends[0][1]["config"]["dtype"], "checksums": [checksum(m) for m, _ in ends]}
 
 
 # ------------------------------------------------------------------------- what an arm consists of
@@ -88,9 +90,11 @@ def chain_of(c, arm: str, seed: int) -> list:
             config = train.configure(*flags(train.Train, words))
         else:
             config = meta.configure(flags(meta.Meta, words)[0])
-        if config.init and not chain and not Path(config.init).is_file():
-            fail(f"--arm={arm}: there is no checkpoint at {config.init}")
-        start = chain[-1].digest if chain else config.init and checksum(config.init)
+        start = chain[-1].digest if chain else ""
+        if config.init and not chain:
+            start, before = checksum(train.load_model(config.init)[0]), Path(config.init).parent
+            if (before / "config.json").exists() and not (before / "summary.json").exists():
+                fail(f"--arm={arm}: the run in {before} has not ended yet")
         identity = repr((script, start, replace(config, init="", seed=0)))
         digest = hashlib.blake2b(identity.encode(), digest_size=4).hexdigest()
         folder = Path(c.out) / "runs" / f"{name}-{digest}" / str(seed)
@@ -131,10 +135,11 @@ def train_all(c, stages: list):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = c.jobs or (1 if device_of(c).type == "cuda" else cores)
     threads = c.threads or max(1, cores // jobs)
-    print(f"{len(waiting)} runs to train, {jobs} at a time")
-    caught, running = [], {}
+    print(f"{len(waiting)} runs to train, {jobs} at a time", flush=True)
+    caught, running, began = [], {}, time.perf_counter()
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
-    bar = tqdm(total=len(waiting), unit="run", disable=None, dynamic_ncols=True)
+    total = len(waiting)
+    bar = tqdm(total=total, unit="run", disable=None, dynamic_ncols=True)
     try:
         while waiting or running:
             if caught:
@@ -146,6 +151,9 @@ def train_all(c, stages: list):
             for process in [p for p in running if p.poll() is not None]:
                 ended(process, running.pop(process))
                 bar.update()
+                if len(waiting) + len(running) == total - 1:
+                    took = time.perf_counter() - began
+                    bar.write(f"the first took {took:.0f} s; all: {took * total / jobs:.0f} or so")
             time.sleep(0.05)
     finally:
         for process in running:
@@ -163,7 +171,12 @@ def begin(stage: Stage, threads: int) -> subprocess.Popen:
     stage.folder.mkdir(parents=True, exist_ok=True)
     with open(stage.folder / "errors.txt", "w", encoding="utf-8") as errors:
         return subprocess.Popen([*command, f"--threads={threads}"], stderr=errors,
-                                stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+                                stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
+                                preexec_fn=end_with_us if sys.platform == "linux" else None)
+
+def end_with_us():
+    """Has Linux send a run SIGTERM once its compare is gone, be it by kill -9: it saves."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)              # PR_SET_PDEATHSIG
 
 def ended(process, stage: Stage):
     """Exits 2 with the last line that a failed run wrote."""
@@ -212,12 +225,10 @@ def ask_meta(path, device, groups: list) -> dict:
 
 def kept(arms: dict) -> dict:
     """{name: Arm} -> what the JSON keeps of every arm."""
-    return {name: {**arm.facts, "scores": {metric: share(v) for metric, v in arm.scores.items()}}
+    return {name: {**arm.facts, "scores": {k: share(v) for k, v in arm.scores.items() if v.size}}
             for name, arm in arms.items()}
 
 def share(values) -> dict:
-    """(seeds, questions) -> {mean: [mean, low, high], seeds: a mean per seed}. The interval of a
-    single seed is over questions."""
-    found = estimate(values if len(values) > 1 else values[0])
-    return {"mean": [round(float(np.clip(x, 0, 1)), 4) for x in found],
+    """(seeds, questions) -> {mean: [mean, low, high], seeds: a mean per seed}."""
+    return {"mean": [round(float(np.clip(x, 0, 1)), 4) for x in over_seeds(values)],
             "seeds": values.mean(1).round(4).tolist()}

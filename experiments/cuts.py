@@ -19,7 +19,7 @@ import numpy as np
 from analyze import at_states, curves_of
 from data import arithmetic
 from experiments.arms import share, train_arms
-from experiments.figure import bars, chance_line, panels, whiskers
+from experiments.figure import chance_line, panels, whiskers
 from lab.run import checksum, device_of
 from lab.score import right
 from lab.verdict import decide, interval
@@ -48,12 +48,11 @@ def measure(c, runs):
         style = "steps" if "--style=steps" in ARMS[name] else "states"
         questions = [arithmetic.draw(rng, "expr", 6, "test", ops) for _ in range(c.questions)]
         thinks = [arithmetic.trajectory(q, rng, style) for q in questions]
-        paths = [chain[-1].folder / "ckpt.pt" for chain in seeds]
-        models = [load_model(path, device_of(c))[0] for path in paths]
+        models = [load_model(chain[-1].folder / "ckpt.pt", device_of(c))[0] for chain in seeds]
         states = [[at_states(y, t) for y, t in zip(curves_of(model, questions, thinks), thinks)]
                   for model in models]
         truths = [right(model, questions) for model in models]
-        raw[name] = np.array(states), np.array(truths, float), list(map(checksum, paths))
+        raw[name] = np.array(states), np.array(truths, float), list(map(checksum, models))
     return raw
 
 def judge(raw):
@@ -70,15 +69,14 @@ def judge(raw):
     return verdicts, {"gaps": gaps, "arms": arms}
 
 def draw(numbers):
-    fig, ((curves, exact),) = panels(1, 2, width=4.6, heights=[3.2])
+    fig, ((ax,),) = panels(1, 1, width=6, heights=[3.4])
     for i, (name, arm) in enumerate(numbers["arms"].items()):
         mean = [[m, m if low is None else low, m if high is None else high]
                 for m, low, high in arm["L_hat"]]
-        whiskers(curves, np.arange(6) + 0.05 * (i - 3), mean, SHADES[i], label=name)
-    chance_line(curves)
-    curves.set(xlabel="states of the correct trajectory", ylim=(0, None),
-               ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
-    curves.legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.42, 0.47))
-    bars(exact, {name: arm["right"] for name, arm in numbers["arms"].items()}, xlim=(0, 1),
-         xlabel="right, after its own trajectory")
+        own = f"{name}: {arm['right']['mean'][0]:.0%} right"
+        whiskers(ax, np.arange(6) + 0.05 * (i - 3), mean, SHADES[i], label=own)
+    chance_line(ax)
+    ax.set(xlabel="states of the correct trajectory", ylim=(0, None),
+           ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
+    ax.legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.42, 0.5))
     return fig

@@ -18,8 +18,10 @@ PARTS = ("experiment", "claim", "verdicts", "criterion", "numbers", "gaps", "che
 
 def read(path) -> dict:
     """Reads what an experiment left. ValueError if it is damaged."""
-    result = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not set(PARTS) <= set(result):
+    def refuse(word):
+        raise ValueError(f"it has {word} for a number")
+    result = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    if not isinstance(result, dict) or not set(PARTS) <= set(result) or not result["config"]:
         raise ValueError("it is not an experiment's JSON of this version")
     if result["experiment"] not in known():
         raise ValueError(f"there is no experiment {result['experiment']!r} in this version")

@@ -5,7 +5,7 @@ take about the same time; what they took stands beside their shares.
 """
 from experiments import cells_of
 from experiments.arms import kept, run_arms
-from experiments.figure import COLOURS, INK, bars, panels
+from experiments.figure import COLOURS, INK, panels
 from lab.flags import fail
 from lab.score import commonest, held_out
 from lab.verdict import decide
@@ -17,8 +17,7 @@ All differences are between shares right on the same held-out questions, greedy 
 nothing else is said, and intervals are over seeds. Supported where all 95 % intervals lie above 0,
 refuted where one lies below, else inconclusive; not testable where no arm of a part is right in a
 tenth more than who always says the commonest digit."""
-LABELS = {"exact": "right (dotted: commonest digit)", "direct": "right in the head",
-          "pass": "Pass@8", "mg": "mG-Pass@8"}
+LABELS = {"exact": "right", "direct": "right in the head", "pass": "Pass@8", "mg": "mG-Pass@8"}
 
 
 def label(a: str, b: str, metric: str, cells: str) -> str:
@@ -27,23 +26,9 @@ def label(a: str, b: str, metric: str, cells: str) -> str:
     return f"{a} - {b}, {how}{cells}"
 
 def draw_arms(numbers):
-    """Differences around a line at zero, a dot per seed, beside the shares of every arm."""
-    shown, asked = numbers["shown"], numbers["asked"]
-    rows = sum(len(part) + 1 for part in numbers["gaps"].values())
-    rows = max(rows, *(1.3 * len(row["arms"]) for row in asked.values()))
-    fig, (axes,) = panels(1, len(shown) + 1, width=4.2, heights=[0.28 * rows + 1.2])
-    draw_differences(axes[0], numbers)
-    for ax, (cells, metric) in zip(axes[1:], shown):
-        named = {f"{name} ({arm['seconds']:.0f} s)": arm["scores"][metric]
-                 for name, arm in asked[cells]["arms"].items()}
-        bars(ax, named, title=cells, xlim=(0, 1), xlabel=LABELS.get(metric, f"asked {metric}"))
-        ax.axvline(asked[cells]["commonest"], color="#999999", lw=0.8, ls=":")
-        ax.tick_params(axis="y", labelsize=7)
-    return fig
-
-def draw_differences(ax, numbers):
-    """A row per difference, below the name of the part that it decides."""
-    names = []
+    """Differences around a line at zero, a dot per seed, below the part that they decide."""
+    rows, names = sum(len(part) + 1 for part in numbers["gaps"].values()), []
+    fig, ((ax,),) = panels(1, 1, width=7, heights=[0.28 * rows + 0.8])
     for part, gaps in numbers["gaps"].items():
         names.append(f"{part}:")
         for name, (mean, low, high) in gaps.items():
@@ -57,6 +42,21 @@ def draw_differences(ax, numbers):
     ax.set_yticks(range(len(names)), names, fontsize=7)
     ax.tick_params(axis="y", length=0)
     ax.set(ylim=(len(names) - 0.4, -0.6), xlabel="difference, 95 % interval, a dot per seed")
+    return fig
+
+def show_arms(numbers) -> list:
+    """A table per question and way of asking: an arm's share right, and what a seed cost."""
+    lines = []
+    for cells, metric in numbers["shown"]:
+        asked = numbers["asked"][cells]
+        width = max(map(len, asked["arms"]))
+        lines.append(f"{LABELS.get(metric, f'asked {metric}')}, {cells}; the commonest digit is "
+                     f"right in {asked['commonest']:.0%}")
+        for name, arm in asked["arms"].items():
+            mean, low, high = (100 * x for x in arm["scores"][metric]["mean"])
+            lines.append(f"  {name:{width}}  {mean:5.1f} % [{low:.1f}, {high:.1f}], "
+                         f"{arm['seconds']} s and {arm['tokens']} tokens a seed")
+    return lines
 
 
 class Comparison:
@@ -64,12 +64,11 @@ class Comparison:
 
     asked: {cells: {name of an arm: its flags}}; parts: {part of the claim: pairs}, a pair being (a,
     b, metric, cells), and the claim that a is better than b."""
-    TRAINS, draw = True, staticmethod(draw_arms)
+    TRAINS, draw, show = True, staticmethod(draw_arms), staticmethod(show_arms)
 
     def __init__(self, text: str, claim: str, asked: dict, parts: dict):
         self.__doc__, self.CLAIM = text.strip() + RULE, claim
         self.asked, self.parts = asked, parts
-        self.ARMS = {name: arm for arms in asked.values() for name, arm in arms.items()}
 
     def measure(self, c, runs) -> dict:
         """-> {cells: ({name: Arm}, share of the commonest digit)}."""

@@ -68,9 +68,12 @@ def load(path, device="cpu") -> dict:
             fail(f"{path} has no {name}, which a checkpoint of this project has")
     return state
 
-def checksum(path) -> str:
-    """Names a file by 16 hex digits of its content."""
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+def checksum(model) -> str:
+    """Names the weights of a model by 16 hex digits, wherever they were loaded from."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode() + weight.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 def revision() -> str:
     """Names the git revision of the code, with a '+' where files differ; 'unknown' without git."""
@@ -136,7 +139,8 @@ def precision_of(c, device):
 
 def prepare(c, given: dict):
     """Looks at c.out before a run and changes nothing: refuses to replace a run unasked; with
-    --resume takes the config that the run was started with, and refuses to change it. -> c"""
+    --resume takes the config that the run was started with, and refuses to change it -> c, with the
+    number type that is used in place of auto."""
     out = Path(c.out)
     if c.resume and c.overwrite:
         fail("--resume goes on with a run, --overwrite replaces it: choose one")
@@ -146,7 +150,7 @@ def prepare(c, given: dict):
                  "replace it, or choose another --out")
         if c.init and Path(c.init).resolve().parent == out.resolve():
             fail(f"--init={c.init} lies in --out={c.out}, and would be overwritten")
-        return c
+        return replace(c, dtype="bfloat16" if precision_of(c, device_of(c)) else "float32")
     if not (out / "ckpt.pt").exists():
         fail(f"there is nothing to resume in {out}")
     before = from_file(type(c), load(out / "ckpt.pt")["config"], out / "ckpt.pt")
@@ -226,8 +230,9 @@ def ahead(draw, steps: range, device):
 class Run:
     """One run in c.out, begun or resumed; extra: a further module for its checkpoints.
 
-    `start` is the first step to take. SIGINT and SIGTERM are remembered, and acted on by `save`
-    between two steps: a half-taken step could not be resumed exactly."""
+    `start` is the first step to take. Ctrl-C, SIGTERM and a closed terminal are remembered, unless
+    they are ignored (nohup), and acted on by `save` between two steps: a half-taken step could not
+    be resumed exactly."""
 
     def __init__(self, c, model, opts, extra=None):
         self.c, self.model, self.opts, self.extra = c, model, opts, extra
@@ -263,8 +268,9 @@ class Run:
         self.lines = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
         self.bar = tqdm(total=self.c.steps, initial=self.start, unit="step", disable=None,
                         dynamic_ncols=True)
+        stops = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
         self.handlers = {s: signal.signal(s, lambda number, _: self.caught.append(number))
-                         for s in (signal.SIGINT, signal.SIGTERM)}
+                         for s in stops if signal.getsignal(s) != signal.SIG_IGN}
         self.began = time.perf_counter() - self.seconds
         return self
 

@@ -40,6 +40,11 @@ def over_seeds(values, level=0.95):
     half = t_quantile((1 + level) / 2, n - 1) * seeds.std(ddof=1) / np.sqrt(n)
     return seeds.mean(), seeds.mean() - half, seeds.mean() + half
 
+def unseen(low, high):
+    """The difference that the next comparison of this kind sees in at least four of five cases, a
+    tenth more than the interval's width: its own interval may well be wider (coverage.py)."""
+    return 1.1 * (high - low)
+
 def t_quantile(p: float, df: int) -> float:
     """Inverts Student's t distribution, for p > 1/2: its density integrated over angles, x =
     tan(angle)."""

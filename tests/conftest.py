@@ -42,6 +42,10 @@ def product(folder):
         del line["seconds"]
     return {**{name: state[name] for name in ("step", "model", "optimisers", "extra")}, "log": log}
 
+def contents(folder):
+    """{path: bytes} of all files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
 def close(a, b, tolerance=1e-10):
     """Asserts that numbers, arrays or tensors are equal to rounding."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))

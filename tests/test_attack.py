@@ -12,7 +12,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import KINDS, a_run, odd, product, same
+from conftest import KINDS, a_run, contents, odd, product, same
 
 import experiments
 import meta
@@ -23,9 +23,6 @@ from lab.run import load
 
 MAINS = {"train": train.main, "meta": meta.main, "analyze": experiments.main}
 
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def start(script, args, before=None):
     """Forks a child that calls `before`, then a script's command line -> (pid, its stderr)."""
@@ -119,6 +116,36 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_goes_on(straight, tmp_p
     else:
         assert not (tmp_path / "ckpt.pt").exists()
 
+@pytest.mark.parametrize("script", ("train", "meta"))
+def test_a_run_whose_output_nobody_reads_is_finished(script, base, tmp_path):
+    """`train.py | true`, `train.py > /dev/full`."""
+    read, pipe = os.pipe()
+    os.close(read)
+    for target in (pipe, os.open("/dev/full", os.O_WRONLY)):
+        args = KINDS["sft"] if script == "train" else [*KINDS["meta"], f"--init={base}/ckpt.pt"]
+        code, _ = ended(*start(script, [f"--out={tmp_path}", "--overwrite", *args],
+                               lambda: os.dup2(target, sys.stdout.fileno())))
+        assert (tmp_path / "summary.json").exists()
+        (tmp_path / "summary.json").unlink()
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing tells a run of it elsewhere")
+def test_the_runs_of_a_compare_that_is_killed_save_and_end(tmp_path):
+    tiny = "--layers=1 --heads=2 --width=16 --save_every=100000 --steps"
+    pid, err = start("analyze", ["compare", f"--out={tmp_path}", "--jobs=1", "--device=cpu",
+                                 f"--arm={tiny}=99998", f"--arm={tiny}=99999"])
+    until(lambda: list(tmp_path.glob("runs/*/0/metrics.jsonl")))
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    ended(pid, err)
+    until(lambda: list(tmp_path.glob("runs/*/0/ckpt.pt")))
+
+def until(what):
+    """Waits at most a minute."""
+    for _ in range(600):
+        if not what():
+            time.sleep(0.1)
+    assert what()
+
 class Payload:
     """Makes a folder where it is unpickled."""
     def __reduce__(self):
@@ -184,7 +211,8 @@ LINES = {"train": """
     --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign""", "analyze": """
     nope : nope | curve curve : twice | compare : arms | compare --arm=--steps=3 : arms |
     curve --arm=a --arm=b : arms | --cells=expr:9 : cells | --cells=expr : cells | --tag=a/b : tag |
-    curve --questions=0 : questions | report : report | curve --redraw : curve |
+    curve --questions=0 : questions | report : report | curve --redraw : figures |
+    dots --questions=20 --sft=BASE,BASE/../sft : twice | --tag=../../x : tag |
     curve --sft=mistyped : mistyped | explicit --sft=a,b --meta=c,d,e : pairs |
     explicit --sft=BASE --meta=BASE : meta.py"""}
 

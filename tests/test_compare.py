@@ -1,16 +1,22 @@
 """Comparisons of trainings: what an arm may be, what a run is known by, and verdicts on made-up
 numbers."""
 import json
+import os
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import contents
 
 import experiments
 import meta
-from experiments import Analyze, arms, compare, cuts, trainings
+from data import text
+from experiments import Analyze, arms, compare, coverage, cuts, trainings
+from lab.run import save
+from model import Config, Model
 
 TINY = "--layers=1 --heads=2 --width=16 --batch=8"
 
@@ -19,10 +25,6 @@ def of(tmp_path, *arm, **changes):
     """The command line of a small compare."""
     given = {"seeds": 1, "questions": 20, "threads": 1, "device": "cpu", "out": str(tmp_path)}
     return Analyze(names=("compare",), arm=arm, **{**given, **changes})
-
-def contents(folder):
-    """{path: bytes} of all files in a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def digests(c, arm):
     return [stage.digest for stage in arms.chain_of(c, arm, 0)]
@@ -41,10 +43,12 @@ def digests(c, arm):
     ("--steps=2 | --init=x", ["--init", "twice"]), ("--style='short", ["quotation"]),
     ("meta.py --steps=2", ["no checkpoint", "out/sft/ckpt.pt"]),
     ("--method=grpo --init=no.pt", ["no checkpoint", "no.pt"]),
+    ("--init=BASE/config.json", ["cannot be read"]), ("--init='a b/x.pt'", ["at a b/x.pt"]),
     ("--width=17 --heads=2", ["multiple"])))
 def test_what_cannot_be_an_arm_is_refused_before_anything_is_trained(
-        arm, words, exits, tmp_path, monkeypatch):
+        arm, words, exits, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
+    arm = arm.replace("BASE", str(base))
     exits(words, compare.measure, of(tmp_path, f"{TINY} --steps=2", arm), None)
     assert not list(tmp_path.iterdir())
 
@@ -87,17 +91,19 @@ def test_a_run_is_known_by_all_its_flags_and_its_chain(tmp_path, monkeypatch):
     after = digests(c, "--steps=9 | meta.py")               # another default of tau
     assert before[0] == after[0] and before[1] != after[1]
 
-def test_a_run_is_known_by_the_weights_that_it_starts_from(tmp_path):
-    path, found = tmp_path / "ckpt.pt", []
-    for content in (b"one", b"two", b"one"):
-        path.write_bytes(content)
-        found.append(digests(of(tmp_path), f"--steps=2 --init={path}"))
+def test_a_run_is_known_by_the_weights_that_it_starts_from(tmp_path, monkeypatch, exits):
+    """Whatever else stands in the file, and wherever it lies."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, c = [], of(tmp_path)
+    for i, seed in enumerate((0, 1, 0)):
+        torch.manual_seed(seed)
+        model = Model(Config(text.VOCAB, 1, 2, 16)).state()
+        save(tmp_path / f"{i}.pt", model=model, step=i, config={}, optimisers=[])
+        found += digests(c, f"--steps=2 --init={tmp_path}/{i}.pt")
     assert found[0] == found[2] != found[1]
-
-def test_seeds_lie_side_by_side(tmp_path):
-    one, two = (arms.chain_of(of(tmp_path), "--steps=2", seed)[0] for seed in (0, 1))
-    assert one.folder.parent == two.folder.parent and two.folder.name == "1"
-    assert "--seed=1" in two.words
+    assert digests(c, "--steps=2 --init ~/0.pt") == digests(c, "--init='~/0.pt' --steps=2")
+    (tmp_path / "config.json").touch()
+    exits(["has not ended"], digests, c, f"--steps=2 --init={tmp_path}/0.pt")
 
 
 # ----------------------------------------------------------------------------------------- verdicts
@@ -111,8 +117,8 @@ def near(mean, seed=0):
 def raw_of(one, level):
     """Made-up measurements of a Comparison, level(arm) being the share right in every metric."""
     metrics = {metric for pairs in one.parts.values() for _, _, metric, _ in pairs} | {"exact"}
-    facts = {"flags": "", "seconds": 1.0, "tokens": 1, "checksums": ["0"]}
-    return {cells: ({name: arms.Arm({m: near(level(name)) for m in metrics}, facts)
+    facts = {"flags": "", "seconds": 1.0, "tokens": 1, "dtype": "float32", "checksums": ["0"]}
+    return {cells: ({name: arms.Arm({m: near(level(name)) for m in metrics}, dict(facts))
                      for name in row}, 0.15) for cells, row in one.asked.items()}
 
 @pytest.mark.parametrize("name", trainings.TABLE)
@@ -132,7 +138,7 @@ def test_every_part_of_every_comparison_turns_both_ways(name, tmp_path):
 def test_every_comparison_has_its_parts_and_flags_that_are_accepted(tmp_path):
     for name, one in trainings.TABLE.items():
         assert one.__doc__.startswith(experiments.known()[name]) and one.CLAIM and one.TRAINS
-        for arm in one.ARMS.values():
+        for arm in (arm for row in one.asked.values() for arm in row.values()):
             assert all(re.search(r"--steps=\d", " ".join(s.words))
                        for s in arms.chain_of(of(tmp_path), arm, 0))
         named = {(cells, arm) for cells, row in one.asked.items() for arm in row}
@@ -140,16 +146,37 @@ def test_every_comparison_has_its_parts_and_flags_that_are_accepted(tmp_path):
                          for *pair, _, cells in pairs for arm in pair}
 
 def test_a_sentence_says_what_follows():
-    gap = near(0.8, 1) - near(0.6, 2)
-    better, worse = compare.sentence(gap, "A"), compare.sentence(-gap, "A")
+    high, low = near(0.8, 1), near(0.6, 2)
+    better, worse = compare.sentence(high, low, "A"), compare.sentence(low, high, "A")
     number = r"\d+\.\d"
     assert re.fullmatch(rf"{number} points better than A \[{number}, {number}\], in 5 of 5 seeds",
                         better)
     assert worse == better.replace("better", "worse")
-    equal = compare.sentence(near(0.6, 1) - near(0.6, 2), "A")
+    equal = compare.sentence(near(0.6, 1), low, "A")
     assert "no difference to A can be told: with 5 seeds and 100 questions" in equal
-    assert "says nothing" in compare.sentence(gap[:1], "A")
-    assert "harder, or easier" in compare.sentence(0 * gap, "A")
+    assert "says nothing" in compare.sentence(high[:1], low[:1], "A")
+    assert "loose" in compare.sentence(high[:2], low[:2], "A")
+    assert "harder, or easier" in compare.sentence(low, low, "A")
+    assert "both too weak" in compare.sentence(0 * low, 0 * low, "A")
+
+def test_a_table_comes_first_with_a_note_where_arms_took_unequal_time():
+    pair = "B", "A", "exact", "expr:5"
+    one = compare.Comparison("", "", {"expr:5": {"A": "", "B": ""}}, {"B": [pair]})
+    for seconds, notes in ((1.1, 0), (1.3, 1)):
+        raw = raw_of(one, lambda arm: 0.5)
+        raw["expr:5"][0]["B"].facts["seconds"] = seconds
+        numbers = compare.judge((one, raw, ""))[1]
+        first, head, *rows = compare.show(numbers)
+        assert "nothing" in first and "15%" in head
+        assert [row.split()[0] for row in rows] == ["A", "B", *["note:"] * notes]
+
+def test_coverage_tells_true_intervals_from_false_ones():
+    rng = np.random.default_rng(0)
+    verdicts, numbers = coverage.judge(rng.normal(0.5, 0.1, 30))
+    assert set(verdicts.values()) == {"supported"} and len(coverage.show(numbers)) == 6
+    coverage.draw(json.loads(json.dumps(numbers)))
+    rare = coverage.judge(np.eye(30)[0])[0]                 # one seed of thirty differs
+    assert rare["3 seeds, zero is held"] == rare["3 seeds, an effect is seen"] == "refuted"
 
 def test_a_slope_turns_both_ways():
     states = np.linspace(2, 0, 6) + 0.01 * near(0.5)[..., None]
@@ -167,12 +194,18 @@ def test_a_slope_turns_both_ways():
 def test_two_arms_are_trained_compared_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train.py')")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     more = f"more: {TINY} --steps=2 | meta.py --steps=1 --fast='*.up'"
-    c = of(tmp_path / "out", f"{TINY} --steps=2", more, cells="expr:4")
+    c = of(tmp_path / "out", f"{TINY} --steps=2", more, cells="expr:3")
     result = experiments.run("compare", c, torch.device("cpu"), {})
     said, before = capsys.readouterr().out, contents(tmp_path / "out" / "runs")
-    assert "2 runs to train" in said and "plain" in said and f"begin with: {TINY}" in said
-    assert list(result["verdicts"][0]) == ["more, exact", "more, direct"]
+    assert "2 runs to train, 1 at a time\nthe first took" in said
+    assert said.index(f"begin with: {TINY}") < said.index("plain") < said.index("more: ")
+    assert list(result["verdicts"][0]) == ["more", "more, in the head"]
+    assert "NaN" not in json.dumps(result) and result["config"]["device"] == "cpu"
+    facts = result["numbers"]["asked"]["expr:3"]["arms"]["more"]
+    assert facts["dtype"] in ("float32", "bfloat16")
+    experiments.check(replace(c, arm=(), redraw=True))
     stages = arms.chain_of(c, compare.named(c.arm)[0]["more"], 0)
     scores = arms.ask(c, stages[1], [("expr", 4)], samples=8)
     assert set(scores) > {"exact", "direct", "pass", "mg", *meta.KINDS}
@@ -183,13 +216,10 @@ def test_two_arms_are_trained_compared_and_kept(tmp_path, capsys, monkeypatch):
     assert contents(tmp_path / "out" / "runs") == before
 
 def test_an_arm_that_fails_is_said_at_once_and_ends_the_others(tmp_path, exits):
-    path = tmp_path / "bad.pt"
-    path.write_bytes(b"no checkpoint")
     long = f"{TINY} --steps=100000 --save_every=100000"
-    began = time.time()
-    exits(["bad.pt", "cannot be read"], compare.measure,
-          of(tmp_path / "out", long, f"{TINY} --steps=2 --init={path}", jobs=2), None)
-    assert time.time() - began < 60
+    few = f"{TINY} --steps=2 --domains=expr --operands=2 --pool=9 --support=9"
+    exits(["--support=9", "trajectories each"], compare.measure,
+          of(tmp_path / "out", long, few, jobs=2), None)
     log = next(tmp_path.glob("out/runs/*steps=100000*/0/metrics.jsonl"), None)
     size = log and log.stat().st_size
     time.sleep(0.5)

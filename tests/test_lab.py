@@ -79,6 +79,7 @@ def test_margins_decide_either_way(exits):
         found, intervals = verdict.decide(dict(enumerate(margins)))
         assert found == word and list(intervals) == list(range(len(margins)))
         assert intervals[0] == verdict.interval(margins[0])
+    assert verdict.decide({"one seed": np.ones((1, 30))})[0] == "inconclusive"
     assert verdict.widened(4) == pytest.approx(0.9875)          # Bonferroni
     exits(["19 questions", "'few'"], verdict.decide, {"few": np.ones(19)})
 

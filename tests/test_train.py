@@ -152,18 +152,37 @@ def test_without_a_signal_no_step_is_taken(tmp_path, base, monkeypatch, method, 
     same(after[1:], [after[0]] * 2)
 
 def stopped_within_step(after, kind, out, init):
-    """A run that gets SIGTERM within a step, and stops after it."""
+    """A run that gets SIGTERM, or whose terminal is closed, within a step, and stops after it."""
     module, steps = meta if kind == "meta" else train, []
-    real, handler = module.move, signal.getsignal(signal.SIGTERM)
+    number = signal.SIGTERM if kind == "meta" else signal.SIGHUP
+    real, handler = module.move, signal.getsignal(number)
 
     def move(*args):
         steps.append(real(*args))
         if len(steps) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
         patch.setattr(module, "move", move)
         a_run(kind, out, *init)
-    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == handler
+    assert e.value.code == 128 + number and signal.getsignal(number) == handler
+
+def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing(tmp_path, monkeypatch):
+    real, handler = train.move, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(train, "move", lambda *args: [real(*args), os.kill(os.getpid(), 1)])
+    a_run("sft", tmp_path)
+    signal.signal(signal.SIGHUP, handler)
+    assert load(tmp_path / "ckpt.pt")["step"] == 24
+
+def test_a_run_keeps_what_it_read_and_the_number_type_that_it_used(tmp_path, base, monkeypatch):
+    """DPO's reference is the model that it started from, read once, also when it is resumed."""
+    init, real, paths = str(base / "ckpt.pt"), train.load, []
+    monkeypatch.setattr(train, "load", lambda path, *a: paths.append(str(path)) or real(path, *a))
+    a_run("dpo", tmp_path / "dpo", f"--init={init}")
+    same(load(tmp_path / "dpo" / "ckpt.pt")["extra"], load(init)["model"]["weights"])
+    assert paths == [init]
+    c = run.prepare(train.Train(out=str(tmp_path / "new"), device="cpu"), {})
+    expected = "bfloat16" if run.precision_of(train.Train(), torch.device("cpu")) else "float32"
+    assert c.dtype == expected
 
 def recomputed(kind, out, step):
     """The losses of a checkpoint on the batch of a step, every row by itself."""
