@@ -155,7 +155,8 @@ def run(name: str, c, device, models: dict) -> dict:
         runs = models.setdefault((one.sft, one.meta), Runs(one, device))
         runs.checkpoints, runs.others = {}, checkpoints.copy()
         measured = experiment.measure(one, runs)
-        for raw in measured if inspect.isgenerator(measured) else [measured]:
+        row_by_row = inspect.isgenerator(measured)
+        for raw in measured if row_by_row else [measured]:
             judged[i:] = [experiment.judge(raw)]
             checkpoints |= {} if trains else runs.checkpoints
             result = {
@@ -166,7 +167,9 @@ def run(name: str, c, device, models: dict) -> dict:
                 "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
-            write(path, result)                     # a run that is cut short counts, too
+            if row_by_row:                          # one that is cut short counts, too
+                write(path, result)
+    write(path, result)
     paint(experiment, result["numbers"], path)
     print(f"{path.stem} ({result['seconds']} s)   {path.with_suffix('.png')}")
     shown = getattr(experiment, "show", lambda numbers: [])(result["numbers"])

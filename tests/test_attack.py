@@ -123,9 +123,9 @@ def test_a_run_whose_output_nobody_reads_is_finished(script, base, tmp_path):
     os.close(read)
     for target in (pipe, os.open("/dev/full", os.O_WRONLY)):
         args = KINDS["sft"] if script == "train" else [*KINDS["meta"], f"--init={base}/ckpt.pt"]
-        code, _ = ended(*start(script, [f"--out={tmp_path}", "--overwrite", *args],
-                               lambda: os.dup2(target, sys.stdout.fileno())))
-        assert (tmp_path / "summary.json").exists()
+        code, err = ended(*start(script, [f"--out={tmp_path}", "--overwrite", *args],
+                               lambda: setattr(sys, "stdout", os.fdopen(target, "w"))))
+        assert (tmp_path / "summary.json").exists(), err
         (tmp_path / "summary.json").unlink()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing tells a run of it elsewhere")
