@@ -10,6 +10,9 @@ answer, so this one descends the trajectory's own loss:
                          L_q: the NLL of answers after `<think></think>`, and of the value of
                          every bracket of the question
 
+One layer moves by default: the first matrix of the MLP in the block before the last. What it then
+holds, the last block can calculate with.
+
 A question with its trajectory is a task (data/tasks.py), the trajectory is its support set, and
 several questions that are asked of the same theta' are its query set.
 

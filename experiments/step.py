@@ -10,7 +10,7 @@ the answer comes with it: so is the loss of the answer.
 
 Supported where the 95 % interval over questions lies above 0, refuted where it lies below, else
 inconclusive. Shown beside it: theta' moved by a part of the trajectory's tokens alone, and whose
-the update is, as shares of |theta' - theta|^2 (cross terms halved), by layer and by token.
+the update is, as shares of |theta' - theta|^2, cross terms halved.
 """
 import random
 
@@ -32,8 +32,8 @@ PARTS = {"the whole trajectory": None, "</think> alone": "closing", "all but </t
 
 
 def measure(c, runs):
-    """-> ({inner, L_support, L_q: (N, len(ALONG))}, {part of the trajectory: truths}, {layer, or
-    kind of token: share of the update})."""
+    """-> ({inner, L_support, L_q: (N, len(ALONG))}, {part of the trajectory: truths}, {kind
+    of token: share of the update})."""
     model, inner, config = runs.meta()
     questions = held_out("expr", max(config.counts), c.questions // 2)
     rows, asked = trials(model, questions, config.style, random.Random(f"{c.seed}/step"))
@@ -77,24 +77,19 @@ def carriers(model, inner, rows, asked):
     return found
 
 def shares(inner, rows, update):
-    """Of |theta' - theta|^2 = sum over tokens i, j of (x_i x_j)(d_i d_j), what a layer and a kind
-    of token make -> {layers: {name: share}, tokens: {kind: share}}."""
-    by_layer, by_token = {}, 0
+    """Of |theta' - theta|^2 = sum over tokens i, j of (x_i x_j)(d_i d_j), what each kind of token
+    makes -> {kind: share}."""
+    by_token = 0
     for name, (X, D) in update.items():
         products = (X @ X.mT) * (D @ D.mT)                              # (N, P, P)
-        whole = inner.rate(name, 0).detach() ** 2 * products.sum(2)     # (N, P), signed
-        by_layer[name] = float(whole.sum())
-        by_token = by_token + whole.detach()
+        by_token = by_token + float(inner.rate(name, 0)) ** 2 * products.sum(2).detach()
     following, inside = rows.inner, rows.inner >= 0
     digit, separator = following < 10, following == text.SEPARATOR
     closing = part_of(rows, "closing")
     kinds = {"the question": ~inside, "before a digit": inside & digit,
              "before ;": separator, "before </think>": closing,
              "before ( ) + - *": inside & ~digit & ~separator & ~closing}
-    total = sum(by_layer.values())
-    return {"by layer": {name: v / total for name, v in by_layer.items()},
-            "by token": {name: float(by_token[there].sum()) / total
-                         for name, there in kinds.items()}}
+    return {name: float(by_token[there].sum() / by_token.sum()) for name, there in kinds.items()}
 
 def judge(raw):
     along, carried, parts = raw
@@ -108,7 +103,7 @@ def judge(raw):
         "carriers": {name: interval(ok) for name, ok in carried.items()}}
 
 def draw(numbers):
-    fig, ((along, right), (layers, tokens)) = panels(2, 2, width=4.8, heights=[2.9, 2.5])
+    fig, ((along, right, tokens),) = panels(1, 3, width=4.2, heights=[3])
     for name, colour, label in (("inner", "other", "inner loss (at its temperature), per token"),
                                 ("L_support", "filler", "of the trajectory, per token"),
                                 ("L_q", "weights", "of the answer")):
@@ -122,12 +117,12 @@ def draw(numbers):
         right.barh(i, mean, 0.7, color=COLOURS["weights"])
         right.errorbar(mean, i, xerr=[[mean - low], [high - mean]], ecolor="k", lw=0.8)
     right.set_yticks(range(len(PARTS)), PARTS)
-    right.set(title="Which tokens the step is taken on", xlim=(0, 1), xlabel="right")
-    for ax, name in ((layers, "by layer"), (tokens, "by token")):
-        parts = numbers["shares"][name]
-        ax.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
-        ax.set_yticks(range(len(parts)), parts)
-        ax.set(title=f"The update, {name}", xlabel="share of its squared length")
-    for ax in (right, layers, tokens):
+    right.set(title="After a step on these tokens alone", xlim=(0, 1),
+              xlabel="right, another operation on both results")
+    parts = numbers["shares"]
+    tokens.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
+    tokens.set_yticks(range(len(parts)), parts)
+    tokens.set(title="Which tokens move the weights", xlabel="share of the squared update")
+    for ax in (right, tokens):
         ax.invert_yaxis()
     return fig

@@ -91,23 +91,26 @@ def test_a_step_can_go_either_way(falls, verdict):
     slope = 2 - step.ALONG if falls else step.ALONG
     along = {name: slope + 0.01 * np.random.default_rng(0).standard_normal((N, len(slope)))
              for name in ("inner", "L_support", "L_q")}
-    parts = {"by layer": {"0.up": 1.0}, "by token": {"before ;": 1.0}}
-    verdicts, numbers = step.judge((along, dict.fromkeys(step.PARTS, np.ones(N, bool)), parts))
+    carriers = dict.fromkeys(step.PARTS, np.ones(N, bool))
+    verdicts, numbers = step.judge((along, carriers, {"before ;": 1.0}))
     assert set(verdicts.values()) == {verdict}
     drawn(step, numbers)
 
-def test_shares_of_a_step_add_up_and_are_those_of_its_matrices():
-    """By layer, |alpha X^T D|^2 written out."""
+def test_shares_of_a_step_are_those_of_the_matrices_that_each_token_adds():
+    """<dW_token, dW> / |dW|^2, dW_token = alpha x^T d written out."""
     torch.manual_seed(0)
     model = Model(Config(text.VOCAB, layers=2, heads=2, width=8)).double()
-    inner = meta.Inner(model, meta.fast_layers(model, "*.up,*.down"), alpha=0.5).double()
+    inner = meta.Inner(model, ["0.up", "1.down"], alpha=0.5).double()
     rows, _ = step.trials(model, [arithmetic.parse("((3+5)*2)-7")], "states", random.Random(0))
     update, = meta.adapt(model, inner, rows, order=1).updates
+    whole, at_digits = 0, 0
+    those = (rows.inner[0] >= 0) & (rows.inner[0] < 10)
+    for X, D in update.values():
+        dW, dW_digits = X[0].T @ D[0], X[0, those].T @ D[0, those]
+        whole, at_digits = whole + (dW * dW).sum(), at_digits + (dW_digits * dW).sum()
     parts = step.shares(inner, rows, update)
-    sizes = {name: float((0.5 * X[0].T @ D[0]).square().sum()) for name, (X, D) in update.items()}
-    for name, size in sizes.items():
-        assert parts["by layer"][name] == pytest.approx(size / sum(sizes.values()))
-    assert sum(parts["by token"].values()) == pytest.approx(1)
+    assert parts["before a digit"] == pytest.approx(float(at_digits / whole))
+    assert sum(parts.values()) == pytest.approx(1)
 
 def a_descent(own, nonsense, context=0.5, falls=True):
     """What `descent.measure` gives: shares right by arm."""

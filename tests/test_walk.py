@@ -36,9 +36,10 @@ def test_a_question_is_refused_in_a_line(exits):
     for ask, word in (("3+5", "operands"), ("1+2+3+4+5+6+7", "operands"), ("3+a-1", "'a'")):
         exits(["--ask=", word], walk.question_of, ask)
 
-def test_a_step_by_hand_is_theta_prime(tiny, inner):
+def test_a_step_by_hand_is_theta_prime(tiny):
+    inner = Inner(tiny, ["1.up"], alpha=0.3, tau=2.0).double()
     runs = SimpleNamespace(meta=lambda: (tiny, inner, None))
     numbers = byhand.measure(SimpleNamespace(ask=Q.text, meta="tiny"), runs)
     assert numbers["off"] < 1e-12 and len(numbers["lines"]) <= 45
-    assert min(map(max, numbers["far"].values())) > 1e-6               # and it was a step
+    assert max(numbers["far"]) > 1e-6             # and it was a step
     assert byhand.draw(numbers).axes
