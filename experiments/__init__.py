@@ -79,12 +79,12 @@ class Runs:
     def get(self, folder, script, load, *init):
         """Loads a run once; the default one is trained, or resumed, first."""
         if folder not in self.loaded:
-            path, made = Path(folder) / "ckpt.pt", folder in (Analyze.sft, Analyze.meta)
+            path, name = Path(folder) / "ckpt.pt", script.__name__
+            made = folder == {"train": Analyze.sft, "meta": Analyze.meta}[name]
             if made and not (Path(folder) / "summary.json").exists():
                 print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
                 words = [f"--out={folder}", f"--device={self.c.device}"]
                 words += ["--resume"] if path.exists() else [*init, "--overwrite"]
-                name = script.__name__
                 getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
             self.loaded[folder] = load(path, self.device)
         weights = self.checkpoints[folder] = checksum(self.loaded[folder][0])

@@ -136,9 +136,8 @@ def train_all(c, stages: list):
     jobs = c.jobs or (1 if device_of(c).type == "cuda" else cores)
     threads = c.threads or max(1, cores // jobs)
     print(f"{len(waiting)} runs to train, {jobs} at a time", flush=True)
-    caught, running, began = [], {}, time.perf_counter()
+    caught, running, total, began = [], {}, len(waiting), time.perf_counter()
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
-    total = len(waiting)
     bar = tqdm(total=total, unit="run", disable=None, dynamic_ncols=True)
     try:
         while waiting or running:
@@ -153,7 +152,8 @@ def train_all(c, stages: list):
                 bar.update()
                 if len(waiting) + len(running) == total - 1:
                     took = time.perf_counter() - began
-                    bar.write(f"the first took {took:.0f} s; all: {took * total / jobs:.0f} or so")
+                    whole = took * max(1, total / jobs)
+                    bar.write(f"the first took {took:.0f} s, so all take about {whole:.0f} s")
             time.sleep(0.05)
     finally:
         for process in running:
