@@ -201,15 +201,10 @@ class Model(nn.Module):
     def score(self, h, targets, tau=1.0):
         """Gives the negative log-likelihood (nats; Eq. 2 is its exponential) of targets (B, T) from
         hidden states, at temperature tau, 0 where a target is IGNORE -> (B, T)."""
-        if h.is_cuda:                               # picking the targets out would wait for the GPU
-            logits = self.logits(h).flatten(0, 1) / tau
-            nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
-            return nll.view_as(targets)
-        keep = targets >= 0
-        logits = self.logits(h[keep]) / tau                 # (N, V): only where there is a target
-        nll = F.cross_entropy(logits, targets[keep], reduction="none")
-        zeros = torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device)
-        return zeros.masked_scatter(keep, nll)
+        # Not only where there is a target: that would be another shape in every batch.
+        logits = self.logits(h).flatten(0, 1) / tau         # (B T, V)
+        nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+        return nll.view_as(targets)
 
     def nll(self, ids, targets, **kw) -> torch.Tensor:
         """`score` of what `forward` makes of ids -> (B, T)."""

@@ -131,14 +131,16 @@ def aside_mask(aside: torch.Tensor) -> torch.Tensor:
     return (before & ~aside[:, None] | itself)[:, None]
 
 def batch(rows: list, device="cpu") -> Batch:
-    """Pads Rows."""
-    fills = Row(PAD, PAD, IGNORE, IGNORE, 0, 0)
-    columns = [padded([row[k] for row in rows], fill, device) for k, fill in enumerate(fills)]
+    """Pads Rows, to a multiple of 8 tokens: in bfloat16 a CPU prepares, and keeps, code of 0.7 MB
+    for every shape that it multiplies."""
+    fills, T = Row(PAD, PAD, IGNORE, IGNORE, 0, 0), max(len(row.ids) for row in rows)
+    columns = [padded([row[k] for row in rows], fill, device, T=-(-T // 8) * 8)
+               for k, fill in enumerate(fills)]
     return Batch(*columns[:-1], columns[-1].bool(), any(any(row.aside) for row in rows))
 
-def padded(rows: list, fill: int = PAD, device="cpu", left: bool = False) -> torch.Tensor:
-    """Fills lists of any lengths up on the right, or left -> (N, longest) int64."""
-    T = max(map(len, rows))
+def padded(rows: list, fill: int = PAD, device="cpu", left: bool = False, T=0) -> torch.Tensor:
+    """Fills lists of any lengths up on the right, or left -> (N, T or longest) int64."""
+    T = T or max(map(len, rows))
     gaps = [[fill] * (T - len(row)) for row in rows]
     filled = [gap + row if left else row + gap for row, gap in zip(rows, gaps)]
     return torch.tensor(filled, dtype=torch.int64).to(device, non_blocking=True)
