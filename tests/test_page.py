@@ -1,17 +1,27 @@
 """The results page says what the JSON beside it says, and the README links to what is there; a
-figure knows its model."""
+figure knows its model and its own settings."""
+import importlib
 import json
+import os
 import re
 
 import torch
+from matplotlib import rcParams
 
 import train
-from experiments import Analyze, Runs, page, redraw
+from experiments import Analyze, Runs, figure, page, redraw
 from lab.run import ROOT, checksum, write
 
 
 def test_the_results_page_is_what_its_generator_makes_of_the_json():
     assert (ROOT / "assets/README.md").read_text() == page.page(ROOT / "assets")
+
+def test_figures_have_settings_of_their_own(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://a_notebooks")
+    rcParams.update({"text.usetex": True, "savefig.dpi": 7})
+    importlib.reload(figure)
+    found = rcParams["text.usetex"], rcParams["savefig.dpi"], os.environ.get("MPLBACKEND")
+    assert found == (False, 150, None)
 
 def test_every_link_of_the_readme_leads_somewhere():
     readme, results = (ROOT / "README.md").read_text(), (ROOT / "assets/README.md").read_text()
