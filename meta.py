@@ -35,7 +35,7 @@ import train
 from data import arithmetic, tasks, text
 from data.tasks import Task
 from lab import score
-from lab.flags import fail, flag, flags, from_file
+from lab.flags import chosen, fail, flag, flags, from_file
 from lab.run import (Run, ahead, command, device_of, lr_at, move, precision_of, prepare, provenance,
                      write)
 from model import Linear
@@ -73,7 +73,7 @@ class Meta:
     warmup: int = flag(20, "meta-steps of linear warm-up")
     questions: int = flag(100, "held-out questions per cell of the evaluation", 1, 1e5)
     save_every: int = flag(100, "meta-steps between checkpoints", 1)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "cuda where there is one; a Mac: cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: bfloat16 in hardware")
     threads: int = flag(0, "CPU threads; 0: as many as torch chooses", 0, 1000)
 
@@ -269,9 +269,9 @@ def meta_loss(model, inner: Inner, batch: list, algo: str = "maml", joint: float
     numbers = {"L_q": losses[answers].mean(), "joint": L}
     return L_q + joint * L, {name: float(loss.detach()) for name, loss in numbers.items()}
 
-def meta(c: Meta, given: dict) -> dict:
+def meta(c: Meta, given: dict = {}) -> dict:
     """Meta-trains, evaluates, writes c.out -> summary."""
-    c = prepare(configure(c), given)
+    c = prepare(configure(c), chosen(c) | given)
     device = device_of(c)
     model, inner = start(c, device)
     opts = train.optimisers(model, c)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from data import arithmetic, text
-from lab.flags import fail, flag, flags
+from lab.flags import chosen, fail, flag, flags
 from lab.run import (Run, ahead, command, device_of, load, lr_at, move, precision_of, prepare,
                      provenance, write)
 from lab.score import exact_match, respond, show_table
@@ -60,7 +60,7 @@ class Train:
     update: int = flag(0, "grpo: how many of a group enter the gradient; 0: all")
     questions: int = flag(100, "held-out questions per cell of the evaluation", 1, 1e5)
     save_every: int = flag(100, "steps between checkpoints", 1)
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "cuda where there is one; a Mac: cpu")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "auto: bfloat16 in hardware")
     threads: int = flag(0, "CPU threads; 0: as many as torch chooses", 0, 1000)
 
@@ -208,8 +208,9 @@ def pairs_of(rewards, clean) -> list:
 
 METHODS = {"sft": sft, "grpo": grpo, "dpo": dpo}
 
-def train(c: Train, given: dict) -> dict:
-    """Trains by c.method, evaluates, writes c.out -> summary."""
+def train(c: Train, given: dict = {}) -> dict:
+    """Trains by c.method, evaluates, writes c.out -> summary. given: see `flags`."""
+    given = chosen(c) | given
     c = prepare(configure(c, given), given)
     device, mix = device_of(c), mix_of(c)
     torch.manual_seed(c.seed)
@@ -286,6 +287,7 @@ def numbers(s: str) -> tuple:
 def configure(c: Train, given: dict) -> Train:
     """Puts a preset's values below what was given. Exits 2 with a line where flags contradict each
     other; looks at no file."""
+    given = chosen(c) | given
     if c.resume:
         return c
     base = PRESETS[c.preset] if c.method == "sft" else FOR_RL

@@ -46,7 +46,7 @@ class Analyze:
     jobs: int = flag(0, "of those at a time; 0: one per CPU core, or one GPU", 0, 1000)
     arm: tuple = flag((), "compare: an arm's flags; give it once per arm")
     ask: str = flag("", "walk, byhand: a question of your own, of 3 to 6 operands")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto: cuda where there is one")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "cuda where there is one; a Mac: cpu")
     threads: int = flag(0, "CPU threads; 0: as many as torch chooses", 0, 1000)
 
     script = "analyze.py"

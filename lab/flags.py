@@ -28,6 +28,12 @@ def flag(default, text: str, low: float = 0, high: float = 1e9, words: bool = Fa
     return field(default=default, metadata={"text": text, "range": (low, high), "words": words})
 
 
+def chosen(c) -> dict:
+    """What of a command line's dataclass is not its default: somebody chose it, in a notebook."""
+    return {one.name: getattr(c, one.name) for one in fields(c)
+            if getattr(c, one.name) != one.default}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
@@ -49,9 +55,9 @@ def value_of(kind, text: str):
 
 def fault(one, value):
     """Says what is wrong with a field's value, or gives None."""
-    choices = typing.get_args(one.type)
+    choices, text = typing.get_args(one.type), one.metadata["text"]
     if choices:
-        return None if value in choices else f"one of {', '.join(choices)} is expected"
+        return None if value in choices else f"one of {', '.join(choices)} is expected ({text})"
     if type(value) is not one.type and not (one.type is float and type(value) is int):
         return f"it should be of type {one.type.__name__}"
     if one.type in (int, float):

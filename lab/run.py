@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     content = data if isinstance(data, str) else json.dumps(data, indent=1) + "\n"
-    part.write_text(content, encoding="utf-8")
+    part.write_text(content, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)
 
 def save(path, **state):
@@ -76,15 +77,14 @@ def checksum(model) -> str:
     return digest.hexdigest()
 
 def revision() -> str:
-    """Names the git revision of the code, with a '+' where files differ; 'unknown' without git."""
+    """Names the git revision of the code, with a '+' where a .py differs or is new; 'unknown'
+    without git. A repository around this folder, or in GIT_DIR, is another project's."""
     def git(*args):
-        command = ["git", "-C", str(ROOT), *args]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *args]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
         return done.stdout.strip()
     try:
-        if git("rev-parse", "--show-toplevel") != str(ROOT):
-            return "unknown"                        # a copy inside somebody else's repository
-        changed = git("status", "--porcelain", "-uno")
+        changed = git("status", "--porcelain", "-uall", "--", "*.py")
         return git("rev-parse", "--short", "HEAD") + "+" * bool(changed) or "unknown"
     except OSError:
         return "unknown"
@@ -177,8 +177,10 @@ def provenance(c, model, run) -> dict:
 def command(main):
     """Runs a script's main. Ctrl-C where there is nothing to save, files in the way, a full disk or
     memory are a line, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):         # a folder's name may be beyond the terminal
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")        # None: `2>&-` closed it
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):          # a folder's name may be beyond the terminal
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -187,8 +189,11 @@ def command(main):
         raise SystemExit(1) from None
     except OSError as e:
         fail(e)
-    except (MemoryError, torch.OutOfMemoryError):
-        fail("out of memory: a smaller --batch needs less")
+    except (MemoryError, RuntimeError) as e:        # torch has a class for a GPU's memory only
+        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not known and "allocate memory" not in str(e):
+            raise
+        fail("out of memory: a smaller --batch or --width needs less")
     except KeyboardInterrupt:
         print("\nstopped; what was trained is on disk", file=sys.stderr)
         raise SystemExit(130) from None
@@ -270,7 +275,8 @@ class Run:
                         dynamic_ncols=True)
         stops = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
         self.handlers = {s: signal.signal(s, lambda number, _: self.caught.append(number))
-                         for s in stops if signal.getsignal(s) != signal.SIG_IGN}
+                         for s in stops if signal.getsignal(s) != signal.SIG_IGN
+                         and threading.current_thread() is threading.main_thread()}
         self.began = time.perf_counter() - self.seconds
         return self
 
@@ -298,6 +304,8 @@ class Run:
         done = step + 1
         if done < self.c.steps and done % self.c.save_every and not self.caught:
             return
+        if not os.path.samestat(os.fstat(self.lines.fileno()), os.stat(self.lines.name)):
+            fail(f"another run has taken {self.out} over: this one ends, and touches nothing")
         if not all(p.isfinite().all() for p in self.model.parameters()):
             self.refuse(step)
         self.lines.flush()

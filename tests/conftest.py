@@ -77,7 +77,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of a run of train.py that nothing stopped."""
-    out = tmp_path_factory.mktemp("base") / "sft"
+    out = tmp_path_factory.mktemp("base") / "s\xe4\u0444t"
     a_run("sft", out)
     return out
 

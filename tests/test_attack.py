@@ -31,7 +31,8 @@ def start(script, args, before=None):
     if pid:
         return pid, err
     signal.alarm(60)
-    sys.stdout, sys.stderr = open(os.devnull, "w"), open(err.fileno(), "w", buffering=1)
+    sys.stdout = open(os.devnull, "w", encoding="ascii")        # as under LC_ALL=C
+    sys.stderr = open(err.fileno(), "w", encoding="ascii", buffering=1)
     sys.argv, code = [f"{script}.py", *map(str, args)], 99
     try:
         if before:
@@ -146,6 +147,22 @@ def until(what):
             time.sleep(0.1)
     assert what()
 
+def test_a_run_needs_no_stderr_and_says_so_when_memory_is_out(straight, tmp_path):
+    """`2>&-`, as under pythonw; `ulimit -v`."""
+    _, args, expected, _ = straight["sft"]
+    close = start("train", [f"--out={tmp_path}", *args], lambda: setattr(sys, "stderr", None))
+    assert ended(*close) == (0, "")
+    same(product(tmp_path), expected)
+    refused("out of memory", "train", f"--out={tmp_path / 'large'}", "--width=20000", "--heads=1",
+            before=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)))
+
+def test_a_run_whose_folder_another_takes_over_ends_at_its_next_checkpoint(tmp_path, exits):
+    c = train.Train(out=str(tmp_path), steps=1)
+    with run.Run(c, None, []) as first, run.Run(c, None, []):
+        before = contents(tmp_path)
+        exits(["another run"], first.save, 0)
+    assert contents(tmp_path) == before
+
 class Payload:
     """Makes a folder where it is unpickled."""
     def __reduce__(self):
@@ -176,7 +193,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched_or_executed(base
         assert contents(tmp_path) == before and os.listdir() == ["run"]
 
 def test_a_log_with_a_gap_is_refused_and_one_torn_after_the_checkpoint_is_not(base, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "l\xe4uft"
     shutil.copytree(base, out)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     twice, torn = [*lines[:9], *lines[10:], lines[-1]], [*lines[:9], "{\n", *lines[10:]]
@@ -204,6 +221,7 @@ LINES = {"train": """
     --init=nowhere : nowhere | --init=foreign : foreign | --out=/dev/null/run : /dev/null |
     --out=foreign/run : foreign |
     --ask=3+4 : checkpoint | --ask=3+x : 'x' | --ask=12+3 : digits | --ask=3+4 --steps=3 : steps |
+    --ask=１+2 : １ | --ask=1/0 : '/' | --device=mps : Mac |
     --out=BASE : overwrite | --out=BASE --resume --lr=0.5 : 0.5 | --out=BASE --resume --steps=9 : 9
     | --out=BASE --overwrite --init=BASE/ckpt.pt : overwritten""", "meta": """
     --operands=3,,4 : operands | --operands=2 : operands | --fast=9.up : 9.up | --K=0 : K |
