@@ -269,4 +269,15 @@ def test_a_meta_checkpoint_holds_theta_and_what_the_inner_loop_learned(base, tmp
     assert c.steps == 12 and inner.names == names and (inner.K, inner.tau) == (2, c.tau)
     assert summary["rates"] == dict(zip(inner.names, inner.log_alpha.exp().tolist()))
     assert (inner.log_alpha != 0).all() and (inner.matrices is None) == (update == "gradient")
+    for name, folder in (("before", base), ("after", tmp_path)):
+        theta, _ = train.load_model(folder / "ckpt.pt")
+        for n, mode in itertools.product((3, 4, 5, 6), ("trajectory", "direct")):
+            right = [score.right(theta, [q], mode)[0] for q in score.held_out("expr", n, 2)]
+            assert summary[name]["expr"][str(n)][mode] == sum(right) / 2
+    for n, kind in itertools.product((4, 5, 6, 7), meta.KINDS):
+        _, batch = meta.outcomes(model, inner, score.held_out("expr", n, 2), kind)
+        for where, share in summary["exact_match"]["expr"][str(n)][kind].items():
+            said = [meta.answers(model, inner, [task], where) for task in batch]
+            right = [[task.queries[0].answer] == answer for task, answer in zip(batch, said)]
+            assert share == sum(right) / len(right)
     exits(["not one of meta.py"], meta.load_meta, base / "ckpt.pt")

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,9 @@ import train
 from data import arithmetic, tasks, text
 from lab import run, score
 from lab.run import load, read_log
+from model import Model
 
+MODES = ("trajectory", "direct")
 Q = arithmetic.parse("(3+5)*2-7")
 HELD = next(s for s in (f"({a}+5)*{b}" for a in range(10) for b in range(10))
             if arithmetic.split(s) == "test")
@@ -36,9 +40,9 @@ def grads(model):
 def ids_of(outputs):
     return [text.ENCODING.encode(output, allowed_special="all") for output in outputs]
 
-def log_likelihood(model, output):
-    """log p of a whole output to Q, token by token."""
-    head, (ids,) = text.prompt(Q.text), ids_of([output])
+def log_likelihood(model, output, question=Q.text):
+    """log p of a whole output to a question, token by token."""
+    head, (ids,) = text.prompt(question), ids_of([output])
     return sum(logp_at_end(model, [*head, *ids[:i]])[token] for i, token in enumerate(ids))
 
 
@@ -184,29 +188,68 @@ def test_a_run_keeps_what_it_read_and_the_number_type_that_it_used(tmp_path, bas
     expected = "bfloat16" if run.precision_of(train.Train(), torch.device("cpu")) else "float32"
     assert c.dtype == expected
 
-def recomputed(kind, out, step):
-    """The losses of a checkpoint on the batch of a step, every row by itself."""
-    (model, _), L_q = train.load_model(out / "ckpt.pt"), []
-    if kind == "sft":
-        losses = [x for row in text.batch_at(step, 8, text.Mix(), 0) for x in slow_nll(model, row)]
-        return {"loss": float(sum(losses).detach() / len(losses))}
-    _, inner, c = meta.load_meta(out / "ckpt.pt")
-    some, losses = tasks.tasks_at(step, c), []
-    for q, steps, queries, whole in some:
-        losses += slow_nll(model, text.row(q.text, steps, q.answer, whole=whole))
-        support = tasks.support([tasks.Task(q, steps, queries, whole)])
-        weights = meta.theta_prime(model, inner, support)
-        for asked in queries:
-            logp = logp_at_end(model, text.prompt(asked.text, ""), weights)
-            L_q.append(-logp[int(asked.answer)])
-    return {"L_q": float(sum(L_q).detach() / len(L_q)),
-            "joint": float(sum(losses).detach() / len(losses))}
+def sft_numbers(model, step):
+    rows = text.batch_at(step, 8, text.Mix(), 0)
+    losses = [x for row in rows for x in slow_nll(model, row)]
+    return {"loss": float(sum(losses).detach() / len(losses)),
+            "tokens": sum(len(row.ids) for row in rows)}
+
+def meta_numbers(model, inner, some):
+    """Weights written out; the norm is that of the whole meta-gradient."""
+    losses, own, answers, tokens = [], [], [], 0
+    for task in some:
+        q = task.solved
+        own += slow_nll(model, text.row(q.text, task.steps, q.answer, whole=task.whole))
+        weights = meta.theta_prime(model, inner, tasks.support([task]))
+        for q in task.queries:
+            losses += slow_nll(model, text.row(q.text, [], q.answer, brackets=True), weights)
+            answers.append(losses[-2])
+        tokens += len(task.solved.text + "".join(task.steps))
+    mean = {name: sum(part) / len(part)
+            for name, part in (("all", losses), ("L_q", answers), ("joint", own))}
+    parameters = [*model.parameters(), *inner.parameters()]
+    (mean["all"] + mean["joint"]).backward(inputs=parameters)
+    norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
+    return {"L_q": float(mean["L_q"].detach()), "joint": float(mean["joint"].detach()),
+            "norm": float(norm), "tokens": tokens}
+
+def rated(q, output):
+    """A reward that takes every value at an untrained model's outputs."""
+    return (1.0, 0.0, -0.5, -1.0)[len(output) % 4]
+
+def rl_numbers(kind, model, ref, drawn):
+    """From the outputs that were drawn, two groups of four."""
+    prompts, rows, room = drawn
+    questions = [text.decode(ids)[len("<bos>"):-len("<think>")] for ids in prompts]
+    outputs = [text.decode(row) + "<eos>" * (len(row) < room) for row in rows]
+    R, clean = [rated(None, o) for o in outputs], [not arithmetic.leaks(o) for o in outputs]
+    groups, tokens = (range(4), range(4, 8)), sum(len(ids) for ids in ids_of(outputs))
+    if kind == "grpo":
+        moving = [any(clean[j] and R[j] != sum(R[k] for k in group) / 4 for j in group)
+                  for group in groups]
+        return {"reward": sum(R) / 8, "right": R.count(1) / 8, "form": sum(r >= 0 for r in R) / 8,
+                "signal": sum(moving) / 2, "length": tokens / 8, "tokens": tokens}
+    margins = []
+    for group in groups:
+        sides = [[j for j in group if clean[j] and (R[j] == 1) == right] for right in (True, False)]
+        for pair in zip(*sides):
+            better, worse = (log_likelihood(model, outputs[j], questions[j])
+                             - log_likelihood(ref, outputs[j], questions[j]) for j in pair)
+            margins.append(0.1 * float(better.detach() - worse.detach()))
+    return {"loss": sum(math.log(1 + math.exp(-m)) for m in margins) / len(margins),
+            "preferred": sum(m > 0 for m in margins) / len(margins), "signal": len(margins),
+            "tokens": tokens}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, capsys, kind):
-    """Weights, optimisers, rates and log, bit for bit; and what it logs next is what a slow path
-    finds for the weights and the batch that it goes on with."""
-    monkeypatch.setattr(arithmetic, "reward", odd)
+    """Weights, optimisers, rates and log, bit for bit; and every number that it logs next is what
+    a slow path finds for the weights and the batch that it goes on with."""
+    drawn, generate = [], Model.generate
+
+    def watched(model, prompts, stop, room, *args):
+        drawn.append((prompts, generate(model, prompts, stop, room, *args), room))
+        return drawn[-1][1]
+    monkeypatch.setattr(arithmetic, "reward", rated)
     init = [] if kind == "sft" else [f"--init={base / 'ckpt.pt'}"]
     out, straight = tmp_path / "broken", base
     if kind != "sft":
@@ -216,11 +259,20 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, ca
     assert "--resume" in capsys.readouterr().err and not (out / "summary.json").exists()
     step = load(out / "ckpt.pt")["step"]
     assert step == len(read_log(out)) < load(straight / "ckpt.pt")["step"]
-    numbers = recomputed(kind, out, step) if kind in ("sft", "meta") else {}
-    a_run(kind, out, "--resume")
+    (model, _), (ref, _) = (train.load_model(path / "ckpt.pt") for path in (out, base))
+    _, inner, c = meta.load_meta(out / "ckpt.pt") if kind == "meta" else (None, None, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "generate", watched)
+        a_run(kind, out, "--resume")
     same(product(out), product(straight))
+    if kind == "sft":
+        numbers = sft_numbers(model, step)
+    elif kind == "meta":
+        numbers = meta_numbers(model, inner, tasks.tasks_at(step, c))
+    else:
+        numbers = rl_numbers(kind, model, ref, drawn[0])
     logged = read_log(out)[step]
-    assert {name: logged[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
+    assert logged == pytest.approx(numbers | {k: logged[k] for k in ("step", "seconds")}, rel=1e-4)
 
 SCRIPT = """import hashlib, meta, train
 from data import tasks
@@ -241,11 +293,32 @@ def test_a_run_leaves_what_a_program_can_compare(base):
     (model, state), log = train.load_model(files["ckpt"]), read_log(base)
     assert summary["config"] == config == state["config"] and config["width"] == 16
     assert [line["step"] for line in log] == list(range(24)) and len(files) == 4
+    assert (summary["steps"], summary["seconds"]) == (24, round(log[-1]["seconds"], 1))
     assert summary["tokens"] == sum(line["tokens"] for line in log)
-    assert list(summary["exact_match"]) == list(arithmetic.TESTED)
-    for n, mode in itertools.product(arithmetic.TESTED["expr"], ("trajectory", "direct")):
-        right = [score.right(model, [q], mode)[0] for q in score.held_out("expr", n, 2)]
-        assert summary["exact_match"]["expr"][str(n)][mode] == sum(right) / 2
+    assert summary["parameters"] == sum(w.numel() for w in state["model"]["weights"].values())
+    table, wrong = {}, []
+    for (domain, counts), mode in itertools.product(arithmetic.TESTED.items(), MODES):
+        for n in counts:
+            questions = score.held_out(domain, n, 2)
+            right = [score.right(model, [q], mode)[0] for q in questions]
+            table.setdefault(domain, {}).setdefault(str(n), {})[mode] = sum(right) / 2
+            wrong += [q.text for q, ok in zip(questions, right)
+                      if mode == "trajectory" and q.trained and not ok]
+    assert summary["exact_match"] == table
+    assert [line.split(" -> ")[0] for line in summary["mistakes"]] == wrong[:20]
+
+def test_what_a_notebook_passes_is_what_runs_also_in_a_thread(tmp_path, exits):
+    """Presets lie below it; what contradicts something is refused as on a command line."""
+    c = train.Train(steps=2, layers=1, heads=2, width=16, batch=4, questions=1, device="cpu",
+                    threads=1, out=str(tmp_path))
+    with ThreadPoolExecutor() as pool:
+        summary = pool.submit(train.train, c).result()
+    assert summary["config"] == asdict(c) and summary["steps"] == 2
+    exits(["--steps=9"], train.train, replace(c, steps=9, resume=True))
+    large = train.configure(train.Train(preset="gpu", batch=4), {})
+    assert (large.batch, large.width) == (4, 384)
+    exits(["--style"], train.configure, train.Train(method="dpo", init="x", style="short"), {})
+    exits(["nothing to resume"], meta.meta, meta.Meta(resume=True, out=str(tmp_path / "none")))
 
 @pytest.mark.parametrize("step", (4, 5))
 def test_a_number_that_is_not_finite_ends_a_run_and_keeps_the_last_checkpoint(
