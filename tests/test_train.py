@@ -215,7 +215,7 @@ def meta_numbers(model, inner, some):
 
 def rated(q, output):
     """A reward that takes every value at an untrained model's outputs."""
-    return (1.0, 0.0, -0.5, -1.0)[len(output) % 4]
+    return (1.0, 0.0, 1.0, -0.5, -1.0)[len(output) % 5]
 
 def rl_numbers(kind, model, ref, drawn):
     """From the outputs that were drawn, two groups of four."""
@@ -246,8 +246,8 @@ def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, ca
     a slow path finds for the weights and the batch that it goes on with."""
     drawn, generate = [], Model.generate
 
-    def watched(model, prompts, stop, room, *args):
-        drawn.append((prompts, generate(model, prompts, stop, room, *args), room))
+    def watched(model, prompts, stop, room, *args, **options):
+        drawn.append((prompts, generate(model, prompts, stop, room, *args, **options), room))
         return drawn[-1][1]
     monkeypatch.setattr(arithmetic, "reward", rated)
     init = [] if kind == "sft" else [f"--init={base / 'ckpt.pt'}"]
