@@ -82,7 +82,7 @@ def shares(inner, rows, update):
     by_token = 0
     for name, (X, D) in update.items():
         products = (X @ X.mT) * (D @ D.mT)                              # (N, P, P)
-        by_token = by_token + float(inner.rate(name, 0)) ** 2 * products.sum(2).detach()
+        by_token = by_token + (inner.rate(name, 0) ** 2 * products.sum(2)).detach()
     following, inside = rows.inner, rows.inner >= 0
     digit, separator = following < 10, following == text.SEPARATOR
     closing = part_of(rows, "closing")
