@@ -109,7 +109,7 @@ def pairs(model, inner, size):
 
 def steps(preset, dtype, device) -> dict:
     """Times whole steps, their optimisers at a rate of 0, so that every repeat is alike."""
-    c, cuda = train.configure(train.Train(), {"preset": preset}), device.type == "cuda"
+    c, cuda = train.configure(train.Train(preset=preset), {"preset": preset}), device.type == "cuda"
     model, n = train.new_model(c, device), 8192 if cuda else 1024
     model.dtype, opts, mix = dtype, train.optimisers(model, c), train.mix_of(c)
     m = meta.Meta(batch=256 if preset == "gpu" else 12)
