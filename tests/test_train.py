@@ -196,22 +196,21 @@ def sft_numbers(model, step):
 
 def meta_numbers(model, inner, some):
     """Weights written out; the norm is that of the whole meta-gradient."""
-    losses, own, answers, tokens = [], [], [], 0
-    for task in some:
-        q = task.solved
-        own += slow_nll(model, text.row(q.text, task.steps, q.answer, whole=task.whole))
-        weights = meta.theta_prime(model, inner, tasks.support([task]))
-        for q in task.queries:
-            losses += slow_nll(model, text.row(q.text, [], q.answer, brackets=True), weights)
+    losses, answers, own = [], [], []
+    for q, steps, queries, whole in some:
+        own += slow_nll(model, text.row(q.text, steps, q.answer, whole=whole))
+        support = tasks.support([tasks.Task(q, steps, queries, whole)])
+        weights = meta.theta_prime(model, inner, support)
+        for asked in queries:
+            row = text.row(asked.text, [], asked.answer, brackets=True)
+            losses += slow_nll(model, row, weights)
             answers.append(losses[-2])
-        tokens += len(task.solved.text + "".join(task.steps))
-    mean = {name: sum(part) / len(part)
-            for name, part in (("all", losses), ("L_q", answers), ("joint", own))}
+    L, L_q, joint = (sum(part) / len(part) for part in (losses, answers, own))
     parameters = [*model.parameters(), *inner.parameters()]
-    (mean["all"] + mean["joint"]).backward(inputs=parameters)
-    norm = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
-    return {"L_q": float(mean["L_q"].detach()), "joint": float(mean["joint"].detach()),
-            "norm": float(norm), "tokens": tokens}
+    grads = torch.autograd.grad(L + joint, parameters, materialize_grads=True)
+    return {"L_q": float(L_q.detach()), "joint": float(joint.detach()),
+            "norm": float(sum(g.square().sum() for g in grads)) ** 0.5,
+            "tokens": sum(len(q.text + "".join(steps)) for q, steps, *_ in some)}
 
 def rated(q, output):
     """A reward that takes every value at an untrained model's outputs."""
