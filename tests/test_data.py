@@ -278,11 +278,14 @@ def test_sft_sees_no_held_out_question(mix):
 
 @pytest.mark.parametrize("flags", [{}, {"operands": "3"}, {"style": "steps"}, {"queries": 7}])
 def test_meta_training_sees_no_held_out_question(monkeypatch, flags):
-    monkeypatch.setattr(text, "batch", lambda rows, device: rows)
+    rows, real = [], text.batch
+    monkeypatch.setattr(text, "batch", lambda part, device: rows.extend(part) or real(part, device))
     some = tasks.tasks_at(0, meta.Meta(batch=400, **flags))
-    for row in tasks.support(some) + tasks.query(some):
+    tasks.support(some), tasks.query(some), tasks.query(some, shown=True)
+    for row in rows:
         nothing_held_out(row)
-    for q, row in zip((q for task in some for q in task.queries), tasks.query(some), strict=True):
+    queries = [q for task in some for q in task.queries]
+    for q, row in zip(2 * queries, rows[len(some):], strict=True):
         assert asked(row)[-1] == (q.text, int(q.answer))
 
 class Writer:
@@ -299,7 +302,8 @@ class Writer:
             q = parse(text.decode(ids)[len("<bos>"):-len("<think>")])
             style, wrong_at = self.rng.choice(("states", "reflect")), self.rng.choice((None, 0))
             steps, answer = arithmetic.steps(q, self.rng, style, wrong_at)
-            self.outputs.append(text.encode(";".join(steps)) + [text.END_THINK, int(answer)])
+            think = self.rng.choice(";=.W").join([*steps, q.text])      # also `3+5+2=0`
+            self.outputs.append([*text.encode(think), text.END_THINK, int(answer)])
         return self.outputs[-len(prompts):]
 
     def nll(self, ids, targets):
