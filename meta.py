@@ -91,7 +91,7 @@ class Meta:
 
 DECAY = 0.6                         # last share of the meta-steps, the rate falling to 0
 CLIP = 1.0                          # largest norm of a meta-gradient
-LR_WRITE = 1e-3                     # of Adam, for the matrices of a write without a gradient
+LR_WRITE = 3e-5                     # of Adam, for the matrices of a write without a gradient
 
 
 # -------------------------------------------------------------------------- the inner loop (Eq. 4)
