@@ -38,7 +38,7 @@ CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory foun
 CARRIED = ("sibling", "swapped", "left", "right", "beyond", "cut")
 LABELS = {"sibling": "another operation on both results", "swapped": "results swapped",
           "left": "left result", "right": "right result", "beyond": "an operation beyond",
-          "cut": "itself, last state missing", "whole": "itself", "fact": "a fact",
+          "cut": "itself, last state missing", "whole": "itself", "fact": "a fact, such as 3+4",
           "unrelated": "an unrelated question", "other": "itself, after another's"}
 WHERE = {"theta": ("theta", r"$\theta$"), "theta_prime": ("weights", r"$\theta'$"),
          "in_context": ("correct", "in the context")}
