@@ -159,7 +159,8 @@ def stopped_within_step(after, kind, out, init):
     """A run that gets SIGTERM, or whose terminal is closed, within a step, and stops after it."""
     module, steps = meta if kind == "meta" else train, []
     number = signal.SIGTERM if kind == "meta" else signal.SIGHUP
-    real, handler = module.move, signal.getsignal(number)
+    real, handler = module.move, signal.SIG_DFL
+    signal.signal(number, handler)                  # whatever nohup says
 
     def move(*args):
         steps.append(real(*args))
