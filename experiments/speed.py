@@ -6,6 +6,7 @@ same numbers in turn: how many times longer the slow way takes. Times are median
 after one that does not count, or a single one where it takes seconds; memory is the most in use.
 No claim: measured, on a machine that should do nothing else.
 """
+import json
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -166,7 +167,7 @@ def measure(c, runs):
         except torch.OutOfMemoryError as e:
             print(name, str(e).splitlines()[0])
             continue
-        print(name, raw[kind][name])
+        print(name, json.dumps(raw[kind][name]))
         yield raw
 
 def judge(raw):
