@@ -66,8 +66,8 @@ class Meta:
     tau: float = flag(10.0, "temperature of the inner loss", 1e-9)
     targets: Literal["own", "permuted", "constant", "random", *PARTS] = flag(
         "own", "what the inner loss asks for: the trajectory's own tokens, nonsense, or a part")
-    update: Literal["gradient", "write"] = flag(
-        "gradient", "write: a learned matrix in place of the inner gradient")
+    update: Literal["gradient", "recursive", "write", "register"] = flag(
+        "gradient", "recursive: state after state; write, register: learned matrices instead")
     lr: float = flag(0.03, "of Muon, for the hidden matrices")
     lr_adam: float = flag(0.005, "of AdamW, for the rest; inner rates: four times that")
     warmup: int = flag(20, "meta-steps of linear warm-up")
@@ -91,7 +91,7 @@ class Meta:
 
 DECAY = 0.6                         # last share of the meta-steps, the rate falling to 0
 CLIP = 1.0                          # largest norm of a meta-gradient
-LR_WRITE = 3e-5                     # of Adam, for the matrices of a write without a gradient
+LR_MATRICES = {"write": 3e-5, "register": 3e-3}     # of Adam, where there is no inner gradient
 
 
 # -------------------------------------------------------------------------- the inner loop (Eq. 4)
@@ -107,14 +107,30 @@ class Inner(nn.Module):
                  update="gradient"):
         super().__init__()
         self.names, self.K, self.tau, self.targets = list(names), K, tau, targets
+        self.update = update
         self.log_alpha = nn.Parameter(torch.full((len(self.names), K), math.log(alpha)))
         self.matrices = None
-        if update == "write":
+        if update in ("write", "register"):
             shapes = [model.get_parameter(linear_layers(model)[name]).shape for name in names]
-            self.matrices = nn.ParameterList(1e-4 * torch.randn(i, o) for o, i in shapes)
+            C = model.config.width
+            self.matrices = nn.ParameterList(
+                torch.zeros(i if update == "write" else C, o) for o, i in shapes)
 
     def rate(self, name: str, k: int) -> torch.Tensor:
-        return self.log_alpha[self.names.index(name), k].exp()
+        return self.log_alpha[self.names.index(name), min(k, self.K - 1)].exp()
+
+    def passes(self, support: text.Batch) -> list:
+        """The support set as one inner step after the other sees it: all of it, K times; or, as Eq.
+        4 is written, one state at a time, which no earlier one is seen from."""
+        if self.update != "recursive":
+            return [support] * self.K
+        parts = []
+        for i in range(int(support.step.max()) + 1):
+            earlier = (support.inner >= 0) & (support.step < i) & (support.ids != text.THINK)
+            inner = support.inner.masked_fill(support.step != i, text.IGNORE)
+            aside = support.aside | earlier                 # what nobody else sees
+            parts.append(support._replace(inner=inner, aside=aside, asides=True))
+        return parts
 
     def loss(self, model, h, support: text.Batch) -> torch.Tensor:
         """L_support, summed over tokens, so that every token is an update of its own (Eq. 4) and a
@@ -139,11 +155,14 @@ class Inner(nn.Module):
             return torch.where(there, digits, own)
         return own
 
-    def written(self, name: str, X: torch.Tensor, support: text.Batch) -> torch.Tensor:
-        """A write without a gradient: D = X B, B learned, at the tokens that the inner loss would
-        ask (a fast-weight layer as of 1991, 2102.11174)."""
-        D = X @ self.matrices[self.names.index(name)].to(X.dtype)
-        return D * (support.inner >= 0)[..., None]
+    def written(self, name: str, X: torch.Tensor, h, support: text.Batch) -> tuple:
+        """What stands in for (X, D) where there is no gradient, B being learned. write: D = X B at
+        the tokens that the inner loss would ask (a fast-weight layer as of 1991, 2102.11174).
+        register: one vector, read off the hidden state h at the trajectory's end."""
+        B = self.matrices[self.names.index(name)].to(X.dtype)
+        if self.update == "register":
+            return None, h[part_of(support, "closing")] @ B                 # (G, out)
+        return X, X @ B * (support.inner >= 0)[..., None]
 
 
 def part_of(support: text.Batch, name: str) -> torch.Tensor:
@@ -161,9 +180,9 @@ def theta_prime(model, inner: Inner, support: text.Batch) -> dict:
     It is what every test holds the fast form below equal to."""
     paths = linear_layers(model)
     params = {paths[name]: model.get_parameter(paths[name]) for name in inner.names}
-    for k in range(inner.K):
-        h = functional_call(model, params, (), support.inputs())
-        loss = inner.loss(model, h, support)
+    for k, part in enumerate(inner.passes(support)):
+        h = functional_call(model, params, (), part.inputs())
+        loss = inner.loss(model, h, part)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         params = {path: weight - inner.rate(name, k) * grad
                   for name, (path, weight), grad in zip(inner.names, params.items(), grads)}
@@ -193,22 +212,22 @@ def adapt(model, inner: Inner, support: text.Batch, order: int = 2) -> Adapted:
     order 2 keeps the graph through the update (MAML); 1 takes X and D as constants (FOMAML)."""
     updates, at_theta = [], None
     with torch.enable_grad():
-        for _ in range(inner.K):
+        for part in inner.passes(support):
             tape = {}
             hook = recording(tape, inner.names, moved(inner, updates, len(support.ids)))
-            h = model(**support.inputs(), hook=hook)
+            h = model(**part.inputs(), hook=hook)
             at_theta = h if at_theta is None else at_theta
             if inner.matrices is not None:
-                update = {name: (X, inner.written(name, X, support))
-                          for name, (X, _) in tape.items()}
+                update = {name: inner.written(name, X, h, part) for name, (X, _) in tape.items()}
             else:
-                loss = inner.loss(model, h, support)
+                loss = inner.loss(model, h, part)
                 outputs = [tape[name][1] for name in inner.names]
                 grads = torch.autograd.grad(loss, outputs, create_graph=order == 2,
                                             retain_graph=True)
                 update = {name: (tape[name][0], D) for name, D in zip(inner.names, grads)}
             if order == 1:
-                update = {name: (X.detach(), D.detach()) for name, (X, D) in update.items()}
+                update = {name: (X if X is None else X.detach(), D.detach())
+                          for name, (X, D) in update.items()}
             updates.append(update)
     return Adapted(moved(inner, updates, len(support.ids)), updates, at_theta)
 
@@ -220,8 +239,13 @@ def moved(inner: Inner, updates: list, G: int):
         rows = x.reshape(G, -1, x.size(-1))                 # (G, M, in): a question's tokens
         for k, update in enumerate(updates):
             X, D = update[name]                             # (G, P, in), (G, P, out)
-            scores = rows @ X.mT                            # (G, M, P)
-            y = y - (inner.rate(name, k).to(y.dtype) * scores @ D).view_as(y)
+            rate = inner.rate(name, k).to(y.dtype)
+            if X is None:                                   # a register: (G, out)
+                change = rate * D[:, None].expand(*rows.shape[:2], -1)
+            else:
+                scores = rows @ X.mT                        # (G, M, P)
+                change = rate * scores @ D                  # (G, M, out)
+            y = y - change.reshape(y.shape)
         return y
     return hook
 
@@ -275,10 +299,10 @@ def meta(c: Meta, given: dict = {}) -> dict:
     device = device_of(c)
     model, inner = start(c, device)
     opts = train.optimisers(model, c)
-    if c.moves:
+    if inner.matrices is not None:                  # their size is a rate already
+        opts.append(torch.optim.Adam(inner.matrices.parameters(), LR_MATRICES[c.update]))
+    elif c.moves:
         opts.append(torch.optim.Adam([inner.log_alpha], 4 * c.lr_adam))
-    if c.update == "write":
-        opts.append(torch.optim.Adam(inner.matrices.parameters(), LR_WRITE))
     before, _ = score.exact_match(model, {"expr": (3, 4, 5, 6)}, c.questions)
     everything = [*model.parameters(), *inner.parameters()]
     with Run(c, model, opts, inner) as run:

@@ -9,17 +9,19 @@ the step descends: at s = 1 the inner loop's own loss, at its temperature, is lo
 the answer comes with it: so is the loss of the answer.
 
 Supported where the 95 % interval over questions lies above 0, refuted where it lies below, else
-inconclusive. Shown beside it: theta' moved by a part of the trajectory's tokens alone, and whose
-the update is, as shares of |theta' - theta|^2, cross terms halved.
+inconclusive. Shown beside it: theta' moved by a part of the trajectory's tokens alone; whose the
+update is, as shares of |theta' - theta|^2, cross terms halved; and its cosine with the exact patch
+(`patch`), the change of the same layer that does what reading does at `</think>`.
 """
 import random
 
 import numpy as np
 import torch
 
-from analyze import direct_logp, nll_of
+from analyze import cosines, direct_logp, nll_of
 from data import arithmetic, text
 from data.tasks import Task, support
+from experiments import others_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.score import held_out
 from lab.verdict import decide, interval
@@ -33,12 +35,16 @@ PARTS = {"the whole trajectory": None, "</think> alone": "closing", "all but </t
 
 def measure(c, runs):
     """-> ({inner, L_support, L_q: (N, len(ALONG))}, {part of the trajectory: truths}, {kind
-    of token: share of the update})."""
+    of token: share of the update}, {whose trajectory is read: cosine per question})."""
     model, inner, config = runs.meta()
-    questions = held_out("expr", max(config.counts), c.questions // 2)
+    questions, rng = held_out("expr", max(config.counts), c.questions // 2), random.Random(c.seed)
     rows, asked = trials(model, questions, config.style, random.Random(f"{c.seed}/step"))
+    own = [arithmetic.steps(q, rng, config.style)[0] for q in questions]
+    read = {"the same trajectory": own, "another question's": others_of(questions, own, rng)}
+    with_patch = {whose: sum(cosines(model, inner, list(zip(questions, own, ts))).values(), [])
+                  for whose, ts in read.items()}
     return (along_the_step(model, inner, rows, asked), carriers(model, inner, rows, asked),
-            shares(inner, rows, adapt(model, inner, rows, order=1).updates[0]))
+            shares(inner, rows, adapt(model, inner, rows, order=1).updates[0]), with_patch)
 
 def trials(model, questions, style, rng):
     """A trajectory per question, its last state missing -> (support rows, the Questions asked)."""
@@ -92,7 +98,7 @@ def shares(inner, rows, update):
     return {name: float(by_token[there].sum() / by_token.sum()) for name, there in kinds.items()}
 
 def judge(raw):
-    along, carried, parts = raw
+    along, carried, parts, with_patch = raw
     one, verdicts, gaps = list(ALONG).index(1.0), {}, {}
     for part, name in (("the step descends", "inner"), ("the answer comes with it", "L_q")):
         fall = along[name][:, 0] - along[name][:, one]
@@ -100,7 +106,8 @@ def judge(raw):
     return verdicts, {
         "gaps": gaps, "shares": parts,
         "along": {name: [interval(column) for column in y.T] for name, y in along.items()},
-        "carriers": {name: interval(ok) for name, ok in carried.items()}}
+        "carriers": {name: interval(ok) for name, ok in carried.items()},
+        "cosine with the patch": {whose: interval(v) for whose, v in with_patch.items() if v}}
 
 def draw(numbers):
     fig, ((along, right, tokens),) = panels(1, 3, width=4.2, heights=[3])
@@ -126,3 +133,7 @@ def draw(numbers):
     for ax in (right, tokens):
         ax.invert_yaxis()
     return fig
+
+def show(numbers):
+    return [f"cosine with the exact patch of {whose}: {mean:.3f} [{low:.3f}, {high:.3f}]"
+            for whose, (mean, low, high) in numbers["cosine with the patch"].items()]

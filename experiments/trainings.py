@@ -141,6 +141,16 @@ ORDER = {
     "ANIL": f"{META}=2800 --fast=3.up,3.down",
     "no inner loop": f"{META}=3200 --algo=none"}
 
+PART = {
+    "the whole trajectory": f"{META}=2400",
+    "</think> alone": f"{META}=2400 --targets=closing",
+    "all but </think>": f"{META}=2400 --targets=unclosed",
+    "the last state": f"{META}=2400 --targets=last",
+    "all but the last state": f"{META}=2400 --targets=earlier",
+    "state after state": f"{META}=2400 --update=recursive",
+    "what was done": f"{META.replace('700', '700 --style=steps')}=2400 --style=steps",
+    "no inner loop": f"{META}=3200 --algo=none"}
+
 def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
     """Pairs of arms, every one with every other, in all metrics and cells."""
     return [(a, b, metric, where) for a in better for b in worse
@@ -216,4 +226,23 @@ before the last block: MAML, whose inner loop moves the block before it, beats A
         {"expr:6": ORDER},
         {part: against(["MAML"], [other], ["sibling", "beyond"], ["expr:6"])
          for part, other in (("an inner loop", "no inner loop"), ("the second order", "FOMAML"),
-                             ("before the last block", "ANIL"))})}
+                             ("before the last block", "ANIL"))}),
+    "parts": Comparison("""
+What of a trajectory must an inner step learn from, for theta' to know it? (Eq. 4)
+
+Meta-training anew, with an inner loss on a part of the trajectory; state after state, as Eq. 4 is
+written: every state moves what the one before left, and is read without it (three times as long);
+and with trajectories that say what was done, `3+5=8;8*2=6`, whose results stand in several places.
+All have as many meta-steps, and as much time but for the recursion. Asked of theta': another
+operation on the trajectory's last two results, and an operation beyond.
+
+every part: the whole trajectory beats each of its parts.
+at once: one step on all states beats the recursion.
+it adds up: after what was done theta' beats theta that was trained as long without an inner
+    loop.""",
+        "Eq. 4: a trajectory's steps add up, each being an update of its own",
+        {"expr:6": PART},
+        {"every part": against([*PART][:1], [*PART][1:5], ["sibling"], ["expr:6"]),
+         "at once": against([*PART][:1], ["state after state"], ["sibling", "beyond"], ["expr:6"]),
+         "it adds up": against(["what was done"], ["no inner loop"], ["sibling", "beyond"],
+                               ["expr:6"])})}

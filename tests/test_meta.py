@@ -38,7 +38,7 @@ def inner_of(model, K=1, fast="*.up,*.down", alpha=0.05, **options):
         inner.log_alpha.data[i, k] = log = math.log(alpha * (1 + 0.3 * i + 1.7 * k))
         logs[name, k] = torch.tensor(log, dtype=torch.float64, requires_grad=True)
     for matrix in inner.matrices or []:
-        matrix.data *= 3000                         # a fresh write hardly moves anything
+        matrix.data.normal_(0, 0.1)                 # a fresh write moves nothing
     return inner, logs
 
 def dual(model, inner, some, order=2):
@@ -106,7 +106,8 @@ def test_dual_equals_primal_losses_and_meta_gradients(tiny, K, fast, order):
 @pytest.mark.parametrize("K", (1, 2))
 @pytest.mark.parametrize("algo,update,holds", [
     ("maml", "gradient", True), ("none", "gradient", True), ("context", "gradient", True),
-    ("maml", "write", True), ("fomaml", "gradient", False), ("fomaml", "write", False)])
+    ("maml", "write", True), ("maml", "register", True), ("maml", "recursive", True),
+    ("fomaml", "gradient", False), ("fomaml", "write", False)])
 def test_meta_gradient_is_that_of_finite_differences_and_fomamls_is_not(tiny, K, algo, update,
                                                                         holds):
     """Along a random direction of theta and of what the inner loop learns."""
@@ -193,6 +194,42 @@ def test_a_write_without_a_gradient_is_x_times_a_learned_matrix(tiny, K):
             assert change.abs().max() > 1e-3
     expected = torch.stack([sum(losses_of(tiny, weights, q)) for q in task.queries])
     close(dual(tiny, inner, [task]), expected)
+
+def test_a_register_adds_one_learned_vector_read_at_the_trajectorys_end(tiny):
+    """The same at every token of the task's queries, as a bias would."""
+    (inner, logs), (task,) = inner_of(tiny, fast="0.down", update="register"), some_tasks(1)
+    (B,), ids = inner.matrices, text.prompt(task.solved.text) + text.encode(";".join(task.steps))
+    bias = logs["0.down", 0].exp() * (tiny(torch.tensor([ids]))[0, -1] @ B)
+    rows, expected = [text.row(q.text, [], q.answer, brackets=True) for q in task.queries], []
+    for query in map(text.batch, [[row] for row in rows]):
+        h = tiny(**query.inputs(), hook=lambda name, x, y: y - bias if name == "0.down" else y)
+        expected.append(tiny.score(h, query.targets).sum())
+    assert bias.abs().min() > 1e-4
+    close(dual(tiny, inner, [task]), torch.stack(expected))
+
+def test_the_recursion_moves_by_one_state_after_the_other_and_reads_it_alone(tiny):
+    """Eq. 4, weights written out: theta'_i from theta'_(i-1) by a row `<bos> q <think> state i`
+    that holds no other state; padding and tasks with fewer states change nothing."""
+    (inner, logs), some, expected = inner_of(tiny, update="recursive"), some_tasks(), []
+    for task in some:
+        head, weights = text.prompt(task.solved.text), weights_of(tiny, logs)
+        for i, state in enumerate(task.steps):
+            ids = [*head, *text.encode(";" * (i > 0) + state)]
+            before = [text.PAD, *ids[:-1]]
+            if i:
+                before[len(head)] = text.encode(task.steps[i - 1])[-1]
+            tensors = (torch.tensor([ids]), torch.tensor([before]))
+            logp = tiny.logits(functional_call(tiny, weights, tensors)[0]).div(TAU).log_softmax(-1)
+            last = text.END_THINK if i == len(task.steps) - 1 else text.SEPARATOR
+            first = len(head) - (i == 0)            # `<think>`, or the `;` before the state
+            loss = -sum(logp[at, target] for at, target in enumerate([*ids[first + 1:], last], first))
+            grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            weights = {path: weights[path] - logs[name, 0].exp() * grad
+                       for (name, _), path, grad in zip(logs, weights, grads)}
+        expected += [sum(losses_of(tiny, weights, q)) for q in task.queries]
+        moved = meta.theta_prime(tiny, inner, tasks.support([task]))
+        close(flat(moved.values()), flat(weights[path] for path in moved))
+    close(dual(tiny, inner, some), torch.stack(expected))
 
 @pytest.mark.parametrize("algo", ("maml", "fomaml", "none"))
 def test_the_meta_objective_is_the_queries_loss_and_sfts_own_loss(tiny, algo):
