@@ -220,9 +220,10 @@ def test_the_recursion_moves_by_one_state_after_the_other_and_reads_it_alone(tin
                 before[len(head)] = text.encode(task.steps[i - 1])[-1]
             tensors = (torch.tensor([ids]), torch.tensor([before]))
             logp = tiny.logits(functional_call(tiny, weights, tensors)[0]).div(TAU).log_softmax(-1)
-            last = text.END_THINK if i == len(task.steps) - 1 else text.SEPARATOR
             first = len(head) - (i == 0)            # `<think>`, or the `;` before the state
-            loss = -sum(logp[at, target] for at, target in enumerate([*ids[first + 1:], last], first))
+            last = text.END_THINK if i == len(task.steps) - 1 else text.SEPARATOR
+            targets = [*ids[first + 1:], last]
+            loss = -logp[range(first, len(ids)), targets].sum()
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             weights = {path: weights[path] - logs[name, 0].exp() * grad
                        for (name, _), path, grad in zip(logs, weights, grads)}
