@@ -3,11 +3,13 @@
 Arms differ in their training rows: as ever; without asides, so that the answer is asked at the end
 alone; + and - alone, without the products by 0 that end a question early; the style `steps`, whose
 trajectories say what was done instead of what is left; a quarter of the samples being questions of
-three operands, asked directly; half and twice the steps. Of each, L_hat is read after whole states
-of correct trajectories of six operands, as in `curve`.
+three operands, asked directly, in so many more steps; half and twice the steps. Of each, L_hat is
+read after whole states of correct trajectories of six operands, as in `curve`.
 
 slope: when three operands are left, at least a quarter of the mean fall is done. Not testable where
     it all falls by less than half a nat.
+more questions of three: they lower L_hat where three operands are left, and more so than after
+    fewer states or more: what the curve says after a state is how well what is left is known.
 
 Intervals are over seeds: supported where it lies above 0, refuted where it lies below, else
 inconclusive. An arm describes itself: nothing is claimed of all.
@@ -27,12 +29,13 @@ from train import load_model
 
 CLAIM = "Figs. 2, 3: the mean curve slopes, whatever the training rows were"
 TRAINS = True
+OF_THREE = "more questions of three"
 ARMS = {
     "as ever": "--steps=500",
     "without asides": "--steps=500 --asides=no",
     "+ and - alone": "--steps=500 --ops=+-",
     "style steps": "--steps=500 --style=steps",
-    "more questions of three": "--steps=500 --direct=3",
+    OF_THREE: "--steps=667 --direct=3",
     "half the steps": "--steps=250",
     "twice the steps": "--steps=1000"}
 LEAST = 0.5                         # nats
@@ -66,6 +69,9 @@ def judge(raw):
             verdicts[part] = "not testable here"
         arms[name] = {"flags": ARMS[name], "checksums": checksums, "right": share(truths),
                       "L_hat": [interval(y) for y in np.moveaxis(states, 2, 0)]}
+    gain = raw["as ever"][0] - raw[OF_THREE][0]
+    verdicts[OF_THREE], gaps[OF_THREE] = decide({"lower, three left": gain[:, :, 3]} | {
+        f"more so than after {i} states": gain[:, :, 3] - gain[:, :, i] for i in (0, 1, 2, 4)})
     return verdicts, {"gaps": gaps, "arms": arms}
 
 def draw(numbers):

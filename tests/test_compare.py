@@ -182,10 +182,16 @@ def test_a_slope_turns_both_ways():
     states = np.linspace(2, 0, 6) + 0.01 * near(0.5)[..., None]
     cliff = states.copy()
     cliff[..., :4] = 2
-    raw = {name: (y, near(0.5), []) for name, y in (("as ever", states), ("style steps", cliff),
-                                                    ("half the steps", 0.1 * states))}
+    moved = states + 0.01 * near(0.5)[..., None]
+    moved[..., 3] -= 0.5
+    raw = {name: (y, near(0.5), []) for name, y in (
+        ("as ever", states), ("style steps", cliff), ("half the steps", 0.1 * states),
+        (cuts.OF_THREE, moved))}
     verdicts, numbers = cuts.judge(raw)
-    assert list(verdicts.values()) == ["supported", "refuted", "not testable here"]
+    assert list(verdicts.values())[:3] == ["supported", "refuted", "not testable here"]
+    assert verdicts[cuts.OF_THREE] == "supported"
+    raw[cuts.OF_THREE] = states - 0.5, near(0.5), []
+    assert cuts.judge(raw)[0][cuts.OF_THREE] == "inconclusive"
     cuts.draw(json.loads(json.dumps(numbers)))
 
 

@@ -92,8 +92,9 @@ def test_a_step_can_go_either_way(falls, verdict):
     along = {name: slope + 0.01 * np.random.default_rng(0).standard_normal((N, len(slope)))
              for name in ("inner", "L_support", "L_q")}
     carriers = dict.fromkeys(step.PARTS, np.ones(N, bool))
-    verdicts, numbers = step.judge((along, carriers, {"before ;": 1.0}))
-    assert set(verdicts.values()) == {verdict}
+    cosines = {"the same trajectory": [0.25] * N}
+    verdicts, numbers = step.judge((along, carriers, {"before ;": 1.0}, cosines))
+    assert set(verdicts.values()) == {verdict} and "0.250" in step.show(numbers)[0]
     drawn(step, numbers)
 
 def test_shares_of_a_step_are_those_of_the_matrices_that_each_token_adds():
@@ -114,7 +115,7 @@ def test_shares_of_a_step_are_those_of_the_matrices_that_each_token_adds():
 
 def a_descent(own, nonsense, context=0.5, falls=True):
     """What `descent.measure` gives: shares right by arm."""
-    rng, shares = np.random.default_rng(0), dict.fromkeys(descent.ARMS, nonsense)
+    rng, shares = np.random.default_rng(1), dict.fromkeys(descent.ARMS, nonsense)
     shares |= {descent.OWN: own, "no inner loop": 0.2, "in the context": context}
     facts = {"flags": "", "seconds": 9, "tokens": 9, "checksums": []}
     arms = {name: Arm({"sibling": (rng.random((3, N)) < share).astype(float)}, facts)
