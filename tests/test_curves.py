@@ -114,13 +114,16 @@ def test_shares_of_a_step_are_those_of_the_matrices_that_each_token_adds():
     assert sum(parts.values()) == pytest.approx(1)
 
 def a_descent(own, nonsense, context=0.5, falls=True):
-    """What `descent.measure` gives: shares right by arm."""
-    rng, shares = np.random.default_rng(1), dict.fromkeys(descent.ARMS, nonsense)
+    """What `descent.measure` gives: shares right by arm, those of the own targets 2 points up and
+    down from seed to seed."""
+    shares, places = dict.fromkeys(descent.ARMS, nonsense), np.arange(N) / N
     shares |= {descent.OWN: own, "no inner loop": 0.2, "in the context": context}
     facts = {"flags": "", "seconds": 9, "tokens": 9, "checksums": []}
-    arms = {name: Arm({"sibling": (rng.random((3, N)) < share).astype(float)}, facts)
+    arms = {name: Arm({"sibling": np.array([places < share + spread * (name == descent.OWN)
+                                            for spread in (-0.02, 0, 0.02)], float)}, facts)
             for name, share in shares.items()}
-    losses = np.array([[2, 1 if falls else 3]] * 3) + 0.01 * rng.standard_normal((3, 2))
+    losses = np.array([[2, 1.1], [2, 1], [2, 0.9]]) if falls else np.array([[1, 2], [1, 2.1]])
+    losses = np.resize(losses, (3, 2))
     return arms, {name: np.ones((3, 5)) for name in arms}, {descent.OWN: losses}, 0.2
 
 @pytest.mark.parametrize("given, descends, written, loop, context", [
