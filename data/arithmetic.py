@@ -242,18 +242,6 @@ def brackets(text: str) -> dict:
                 values[i] = str(value(tree(inside)))
     return values
 
-def part(q: Question):
-    """Leaves out the last operation: `((3+5)*2)-7` -> `(3+5)*2`, 3-5+2 -> 3-5. None where that
-    leaves no question, or, as in `(3+5)*(2+4)`, two of them."""
-    if q.operands == 2:
-        return None
-    if q.domain != "expr":
-        return question(q.domain, q.text[:-2])
-    _, left, right = root(q)
-    if len(left) > 1 and len(right) > 1:
-        return None
-    return question("expr", left if len(left) > 1 else right)
-
 def relatives(q: Question) -> dict:
     """Lists what can be answered from the last two results of a trajectory of q = A op B, whose
     last but one state is `a op b` -> {kind: Question}.
@@ -347,18 +335,6 @@ def corrupt(q: Question, rng: random.Random, style: str = "states", wrong_at: in
         if implied != q.answer:
             return written, implied
     return None
-
-def distinct(q: Question, rng: random.Random, n: int, style: str = "states") -> list:
-    """Draws n different correct trajectories, as lists of steps. ValueError if 200 n draws do not
-    find them."""
-    texts = {}
-    for _ in range(200 * n):
-        written = steps(q, rng, style)[0]
-        texts.setdefault(";".join(written), written)
-        if len(texts) == n:
-            return list(texts.values())
-    raise ValueError(f"{q.text} has fewer than {n} distinct {style} trajectories "
-                     f"({len(texts)} found)")
 
 
 # ----------------------------------------------------------------------------- verifier, checker

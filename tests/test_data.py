@@ -131,12 +131,6 @@ def test_every_step_gets_the_verdict_that_it_deserves(think, verdicts):
     assert check(parse("3-5+2"), "8+2;0") == [True, True]       # a chain goes from the left
     assert check(parse("3-5+2"), "3-7;6") == [False, False]
 
-def test_distinct_trajectories_differ_and_too_many_are_refused():
-    found = arithmetic.distinct(parse("1+2+3+4+5"), random.Random(3), 20)
-    assert len({";".join(steps) for steps in found}) == 20
-    with pytest.raises(ValueError, match="distinct"):
-        arithmetic.distinct(parse("3+5"), random.Random(3), 2)
-
 def test_relatives_are_answered_by_the_last_two_results_of_a_trajectory():
     rng, kinds = random.Random(4), {k: q.text for k, q in arithmetic.relatives(Q).items()}
     assert kinds == {"sibling": "((3+5)*2)*7", "sibling2": "((3+5)*2)+7",
@@ -153,9 +147,7 @@ def test_relatives_are_answered_by_the_last_two_results_of_a_trajectory():
         assert found.get("right", q._replace(answer=b)).answer == b
         longer = arithmetic.beyond(q, rng)
         assert f"({q.text})" in longer.text and longer.operands == q.operands + 1
-        assert longer.answer == str(eval(longer.text) % 10) and arithmetic.part(longer) == q
-    parts = [arithmetic.part(parse(s)) for s in ("9-(3+5)", "3-5+2", "(3+5)*(2+4)", "9-4")]
-    assert [part and part.text for part in parts] == ["3+5", "3-5", None, None]
+        assert longer.answer == str(eval(longer.text) % 10)
 
 @pytest.mark.parametrize("slips", (0.3, 1.0))
 def test_room_is_enough_for_every_style(monkeypatch, slips):
