@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,8 @@ def train_all(c, stages: list):
     threads = c.threads or max(1, cores // jobs)
     print(f"{len(waiting)} runs to train, {jobs} at a time", flush=True)
     caught, running, total, began = [], {}, len(waiting), time.perf_counter()
-    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    handles = threading.current_thread() is threading.main_thread()     # no other thread may
+    before = handles and signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     bar = tqdm(total=total, unit="run", disable=None, dynamic_ncols=True)
     try:
         while waiting or running:
@@ -159,7 +161,8 @@ def train_all(c, stages: list):
         for process in running:
             process.terminate()
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        if handles:
+            signal.signal(signal.SIGTERM, before)
         bar.close()
 
 def begin(stage: Stage, threads: int) -> subprocess.Popen:
