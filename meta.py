@@ -411,9 +411,9 @@ def answers(model, inner, batch: list, where: str, size: int = 256) -> list:
 
 def outcomes(model, inner, questions: list, kind: str, style: str = "states", seed: int = 0):
     """Tests held-out questions with one kind of trial -> {where: a bool per question, right or
-    not}, and the Tasks. theta_prime is left out without an inner loop."""
-    rng = random.Random(f"{seed}/{questions[0].text}/{kind}")
-    batch = [trial(q, questions, kind, style, rng) for q in questions]
+    not}, and the Tasks. A question's trajectory is the same for every kind. theta_prime is left
+    out without an inner loop."""
+    batch = [trial(q, questions, kind, style, random.Random(f"{seed}/{q.text}")) for q in questions]
     batch = [task for task in batch if task]
     row = {}
     for where in ("theta", "theta_prime", "in_context"):

@@ -36,6 +36,7 @@ from meta import outcomes
 
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
 CARRIED = ("sibling", "swapped", "left", "right", "beyond", "cut")
+TOGETHER = ("sibling", "swapped", "left", "right")      # what one theta' is asked
 LABELS = {"sibling": "another operation on both results", "swapped": "results swapped",
           "left": "left result", "right": "right result", "beyond": "an operation beyond",
           "cut": "itself, last state missing", "whole": "itself", "fact": "a fact, such as 3+4",
@@ -59,10 +60,15 @@ def measure(c, runs):
         questions = held_out("expr", n, c.questions)
         lines[n] = {"commonest digit": commonest(questions),
                     "shallow reader": float(np.mean(shallow(questions)))}
-        table[n] = {}
+        table[n], asked = {}, {}
         for kind in LABELS:
-            row, _ = outcomes(model, inner, questions, kind, config.style, c.seed)
+            row, batch = outcomes(model, inner, questions, kind, config.style, c.seed)
             table[n][kind] = {where: np.array(ok) for where, ok in row.items()}
+            for where, ok in row.items():
+                asked[kind, where] = dict(zip([task.solved.text for task in batch], ok))
+        table[n]["together"] = {
+            where: np.array([all(asked[kind, where].get(q.text, True) for kind in TOGETHER)
+                             for q in questions]) for where in WHERE}
     questions = held_out("expr", largest, c.questions // 2)
     rng = random.Random(f"{c.seed}/explicit")
     return Raw(table, lines, both_curves(model, inner, questions, config.style, rng))
