@@ -47,7 +47,7 @@ class Train:
     lr: float = flag(0.05, "of Muon, for the hidden matrices")
     lr_adam: float = flag(0.01, "of AdamW, for embedding and head")
     warmup: int = flag(20, "steps of linear warm-up")
-    domains: str = flag("expr,sum", "of the questions, drawn evenly")
+    domains: str = flag("expr,expr,expr,sum", "of the questions, drawn evenly from this list")
     operands: str = flag("", "of 2 to 10, as 3,4, drawn evenly; empty: mostly 4 to 6")
     ops: str = flag("+-*", "operations of expr")
     style: str = flag("states", f"sft: of the trajectories, one of {arithmetic.STYLES}, or several")

@@ -8,13 +8,14 @@ are three domains:
   expr    nested brackets, + - *              ((3+5)*2)-7
           a step does any operation that is ready
   sum     a flat sum                          3+5+2+7
-          a step adds any two neighbours: six addends have 120 orders
+          a step adds the first two
   chain   a flat chain, never trained on      3-5+2-7
           a step does the first operation
 
-and six styles of trajectory: `states` (one operation per state), `short` (two), `reflect` (some
-states wrong at first, then `W` and the right one), `steps` (`3+5=8;8*2=6;6-7=9`: what was done
-instead of what is left), `filler` (only dots) and `direct` (nothing).
+and seven styles of trajectory: `states` (one operation per state), `orders` (the same, but of a sum
+a step adds any two neighbours: six addends have 120 orders), `short` (two operations), `reflect`
+(some states wrong at first, then `W` and the right one), `steps` (`3+5=8;8*2=6;6-7=9`: what was
+done instead of what is left), `filler` (only dots) and `direct` (nothing).
 
 A hash splits questions of three operands and more into training, validation and test. Two operands
 are the 300 facts of the toy, which everybody may learn.
@@ -27,7 +28,7 @@ import random
 import re
 from typing import NamedTuple
 
-STYLES = ("states", "short", "reflect", "steps", "filler", "direct")
+STYLES = ("states", "orders", "short", "reflect", "steps", "filler", "direct")
 
 # Operand counts seen in training, and those that are tested.
 TRAINED = {"expr": (2, 3, 4, 5, 6), "sum": (2, 3, 4, 5, 6)}
@@ -298,15 +299,19 @@ def steps(q: Question, rng: random.Random, style: str = "states", wrong_at: int 
         return [], q.answer
     if style == "filler":
         return ["." * len(trajectory(q, rng))], q.answer
+
+    def chosen(state):
+        found = ready(q.domain, state)
+        return found[0] if q.domain == "sum" and style != "orders" else rng.choice(found)
     out, state = [], q.text
     while len(state) > 1:
-        operation, place = rng.choice(ready(q.domain, state))
+        operation, place = chosen(state)
         right = result(operation)
         wrong = (right + rng.randint(1, 9)) % 10
         slip, digit = put(state, place, wrong), wrong if len(out) == wrong_at else right
         state = put(state, place, digit)
         if style == "short" and len(state) > 1:
-            operation, place = rng.choice(ready(q.domain, state))
+            operation, place = chosen(state)
             state = put(state, place, result(operation))
         written = f"{operation}={digit}" if style == "steps" else state
         if style == "reflect" and rng.random() < P_SLIP:

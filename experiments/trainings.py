@@ -129,7 +129,8 @@ GENERALIZE = {
     "steps": "--steps=600 --style=steps",
     "states": "--steps=600"}
 GROUPS = {"trained sizes": "expr:5,6", "more operands": "expr:7,8", "new domain": "chain:4,5"}
-SUM = "--steps=300 --domains=sum --operands=2,3,4 | --steps=250 --domains=sum --operands=5"
+SUM = ("--steps=300 --domains=sum --style=orders --operands=2,3,4 | "
+       "--steps=250 --domains=sum --style=orders --operands=5")
 EACH = {f"{questions} questions, {n} each": f"{SUM} --pool={questions} --support={n}"
         for questions, n in ((500, 1), (500, 4), (500, 12), (2000, 1), (167, 12))}
 UPDATE = {f"{n} of 16, {steps} steps": f"{BASE} | {GRPO} --update={n} --steps={steps}"

@@ -217,7 +217,7 @@ def test_batches_are_padded_rows_and_a_function_of_seed_and_step():
         assert column.size(1) == T and (column[:, len(rows[0].ids):] == fill).all()
 
 def test_a_pool_holds_the_same_questions_whatever_its_support():
-    mix = text.Mix(domains=("sum",), operands=(6,))
+    mix = text.Mix(domains=("sum",), operands=(6,), styles=("orders",))
     one, many = mix.limited(20, 1, 0).pool, mix.limited(20, 8, 0).pool
     for (q, steps), (again, more) in zip(one, many, strict=True):
         assert q == again and len(steps) == 1 and set(steps) < set(more)
