@@ -157,9 +157,9 @@ def shifted(contexts: list, continuations: list, device="cpu"):
 
 class Mix(NamedTuple):
     """What training samples are made of."""
-    domains: tuple = ("expr", "sum")
+    domains: tuple = ("expr", "expr", "expr", "sum")
     operands: tuple = ()            # counts, drawn evenly; empty: those of WEIGHTS
-    styles: tuple = ("states",)     # drawn evenly
+    styles: tuple = ("states",)     # drawn evenly, too
     ops: str = "+-*"                # operations of `expr`
     direct: int = 0                 # a quarter of the samples: direct questions of so many operands
     pool: tuple = ()                # from `limited`; empty: every question is drawn anew
