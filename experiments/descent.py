@@ -38,7 +38,7 @@ OWN, NONSENSE = "own targets", ("permuted", "constant", "random")
 ARMS = {
     OWN: f"{META}=2400",
     **{f"{name} targets": f"{META}=2400 --targets={name}" for name in NONSENSE},
-    "no gradient": f"{META}=1500 --update=write --fast=*.up,*.down --alpha=1",
+    "a learned write": f"{META}=1500 --update=write --fast=*.up,*.down --alpha=1",
     "a register": f"{META}=2400 --update=register --fast=1.down --alpha=1",
     "no inner loop": f"{META}=3200 --algo=none",
     "in the context": f"{META}=2000 --algo=context"}
