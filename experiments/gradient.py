@@ -172,5 +172,5 @@ def draw(numbers):
         ax.set(title=f"{member.capitalize()}: a step down the gradient?\n{numbers['title']}",
                xlabel="fall of $L_q$ by the token (nats)", ylabel=r"cosine with $-\nabla L_q$")
         zero_line(ax)
-        ax.legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig
