@@ -34,7 +34,7 @@ from experiments import cell_of, others_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.flags import fail
 from lab.score import held_out, respond
-from lab.verdict import FEWEST, bootstrap, decide, interval, rule, widened
+from lab.verdict import FEWEST, decide, interval
 
 CLAIM = "C1, C2: the answer's loss falls along a correct trajectory only, and step by step"
 LEFT = (5, 4, 3)                    # operands left, where the law is tested
@@ -205,20 +205,17 @@ def rank_correlation(pairs, axis):
     return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))
 
 def judge_law(raw):
-    plain, wide, level = {}, {}, widened(2 * len(raw.law))
+    margins = {}
     found = {"rank correlation": {}, "distance": {}, "distance, partners swapped": {}}
     for n, (h, d) in raw.law.items():
-        swapped = np.abs(h - np.roll(d, len(d) // 2))
-        closer = 0.5 * swapped - np.abs(h - d)
-        for level_of, into in ((0.95, plain), (level, wide)):
-            rho, low, high = bootstrap(np.stack((h, d), 1), rank_correlation, level=level_of)
-            into[f"{n} left: rank correlation - 0.7"] = rho - 0.7, low - 0.7, high - 0.7
-            into[f"{n} left: half of swapped - distance"] = bootstrap(closer, level=level_of)
-        found["rank correlation"][n] = round(float(rho), 3)
+        pairs, swapped = np.stack((h, d), 1), np.abs(h - np.roll(d, len(d) // 2))
+        margins[f"{n} left: rank correlation - 0.7"] = (
+            pairs, lambda pairs, axis: rank_correlation(pairs, axis) - 0.7)
+        margins[f"{n} left: half of swapped - distance"] = 0.5 * swapped - np.abs(h - d)
+        found["rank correlation"][n] = round(float(rank_correlation(pairs, 0)), 3)
         found["distance"][n] = interval(np.abs(h - d))
         found["distance, partners swapped"][n] = interval(swapped)
-    gaps = {name: [round(float(x), 4) for x in row] for name, row in plain.items()}
-    return rule(plain, wide), gaps, found
+    return *decide(margins), found
 
 def jumps(raw):
     """-> (does the largest step stand where the law puts it? a truth per question that falls; what

@@ -31,7 +31,7 @@ from experiments import others_of
 from experiments.curve import alone, rank_correlation
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.score import commonest, held_out, shallow
-from lab.verdict import bootstrap, decide, interval, rule, widened
+from lab.verdict import decide, interval
 from meta import outcomes
 
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
@@ -122,21 +122,16 @@ def judge(raw):
 
 def coincide(curves):
     """Compares two curves question by question, at every number of states but none and all."""
-    plain, wide, found = {}, {}, {"rank correlation": {}, "ceiling": {}}
-    inside = range(1, curves["context"].shape[1] - 1)
-    level = widened(2 * len(inside))
-    for i in inside:
+    margins, found = {}, {"rank correlation": {}, "ceiling": {}}
+    for i in range(1, curves["context"].shape[1] - 1):
         w, h, again = (curves[name][:, i] for name in ("weights", "context", "reordered"))
-        closer = 0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h)
-        for level_of, into in ((0.95, plain), (level, wide)):
-            into[f"{i} states: rank correlation - 0.8 of the ceiling"] = bootstrap(
-                np.stack((w, h, again), 1), below_ceiling, level=level_of)
-            into[f"{i} states: half of swapped - distance"] = bootstrap(closer, level=level_of)
+        margins[f"{i} states: rank correlation - 0.8 of the ceiling"] = (
+            np.stack((w, h, again), 1), below_ceiling)
+        margins[f"{i} states: half of swapped - distance"] = (
+            0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h))
         for name, pair in (("rank correlation", (w, h)), ("ceiling", (h, again))):
             found[name][i] = round(float(rank_correlation(np.stack(pair, 1), 0)), 3)
-    gaps = {name: [round(float(x), 4) for x in row] for name, row in plain.items()}
-    return rule(plain, wide), gaps, found
-
+    return *decide(margins), found
 
 def below_ceiling(triples, axis):
     """(weights, context, context again), (..., N, 3) -> the first two's rank correlation less 0.8

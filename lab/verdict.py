@@ -55,7 +55,10 @@ def t_quantile(p: float, df: int) -> float:
 
 def estimate(values, statistic=np.mean, level=0.95):
     """The interval that fits the numbers: Wilson's for truths, Student's for (seeds, questions), a
-    bootstrap over questions otherwise -> (estimate, low, high)."""
+    bootstrap over questions otherwise -> (estimate, low, high). values: or a pair of rows, one per
+    question, and a statistic of theirs."""
+    if isinstance(values, tuple):
+        return bootstrap(*values, level=level)
     values = np.asarray(values)
     if values.ndim == 2:
         return over_seeds(values, level)
@@ -71,27 +74,24 @@ def interval(values, statistic=np.mean):
 
 def decide(margins: dict, statistic=np.mean):
     """Turns margins {name: numbers, above 0 where the claim holds} into (verdict, {name:
-    interval}). A number per question, or (seeds, questions).
+    interval}). A number per question, (seeds, questions), or a pair as `estimate` takes it.
 
     Supported: every 95 % interval lies above 0. Refuted: one lies below, where intervals are
     widened for their number (Bonferroni), since any of them can refute. Else inconclusive. Exits 2
     with a line where there are fewer questions than a criterion wants."""
     for name, margin in margins.items():
-        if np.shape(margin)[-1] < FEWEST:
-            fail(f"only {np.shape(margin)[-1]} questions for '{name}': a verdict wants {FEWEST}")
+        n = len(margin[0]) if isinstance(margin, tuple) else np.shape(margin)[-1]
+        if n < FEWEST:
+            fail(f"only {n} questions for '{name}': a verdict wants {FEWEST}")
     plain = {name: estimate(margin, statistic) for name, margin in margins.items()}
     wide = {name: estimate(margin, statistic, widened(len(margins)))
             for name, margin in margins.items()}
-    return rule(plain, wide), {name: interval(margin, statistic)
-                               for name, margin in margins.items()}
+    if all(low > 0 for _, low, _ in plain.values()):
+        verdict = "supported"
+    else:
+        verdict = "refuted" if any(high < 0 for _, _, high in wide.values()) else "inconclusive"
+    return verdict, {name: interval(margin, statistic) for name, margin in margins.items()}
 
 def widened(n: int) -> float:
     """The level of intervals of which any of n can refute (Bonferroni)."""
     return 1 - 0.05 / n
-
-def rule(plain: dict, wide: dict) -> str:
-    """The one rule: supported where every interval lies above 0, refuted where a widened one lies
-    below."""
-    if all(low > 0 for _, low, _ in plain.values()):
-        return "supported"
-    return "refuted" if any(high < 0 for _, _, high in wide.values()) else "inconclusive"
