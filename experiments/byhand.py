@@ -25,7 +25,7 @@ def measure(c, runs):
     theta_prime's at most."""
     q = question_of(c.ask or "(3+5)*2-7")
     model, inner, _ = runs.meta()
-    if len(inner.names) * inner.K > 1 or inner.matrices is not None:
+    if len(inner.names) * inner.K > 1 or inner.update != "gradient":
         fail(f"--meta={c.meta}: one inner step of one layer, by a gradient, is expected")
     (name,), tape = inner.names, {}
     states = arithmetic.steps(q, random.Random(0))[0]

@@ -23,6 +23,7 @@ from data import arithmetic, text
 from data.tasks import Task, support
 from experiments import others_of
 from experiments.figure import COLOURS, band, chance_line, panels
+from lab.flags import fail
 from lab.score import held_out
 from lab.verdict import decide, interval
 from meta import adapt, moved, part_of
@@ -37,6 +38,8 @@ def measure(c, runs):
     """-> ({inner, L_support, L_q: (N, len(ALONG))}, {part of the trajectory: truths}, {kind
     of token: share of the update}, {whose trajectory is read: cosine per question})."""
     model, inner, config = runs.meta()
+    if inner.update != "gradient":
+        fail(f"--meta={c.meta}: an inner step by a gradient is expected")
     questions, rng = held_out("expr", max(config.counts), c.questions // 2), random.Random(c.seed)
     rows, asked = trials(model, questions, config.style, random.Random(f"{c.seed}/step"))
     own = [arithmetic.steps(q, rng, config.style)[0] for q in questions]
