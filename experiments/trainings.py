@@ -125,8 +125,8 @@ LENGTH = {
     "short": f"{SFT}=450 --style=short",
     "short, as many tokens": f"{SFT}=700 --style=short"}
 GENERALIZE = {
-    "direct answers": "--steps=850 --style=direct",
-    "steps": "--steps=600 --style=steps",
+    "direct answers": "--steps=1240 --style=direct",
+    "steps": "--steps=660 --style=steps",
     "states": "--steps=600"}
 GROUPS = {"trained sizes": "expr:5,6", "more operands": "expr:7,8", "new domain": "chain:4,5"}
 SUM = ("--steps=300 --domains=sum --style=orders --operands=2,3,4 | "
