@@ -84,5 +84,5 @@ def draw(numbers):
     chance_line(ax)
     ax.set(xlabel="states of the correct trajectory", ylim=(0, None),
            ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
-    ax.legend(fontsize=6, ncols=2, loc="center", bbox_to_anchor=(0.42, 0.42))
+    ax.legend(fontsize=6, loc="upper right")
     return fig
