@@ -16,8 +16,8 @@ as good as the context: theta' is at most 3 points worse than theta that was tra
     the trajectory in the context.
 
 Intervals are over seeds: supported where all lie above 0, refuted where one lies below, else
-inconclusive. Arms take about the same time each, and every arm what did best for it, with one seed,
-of a few layers and rates: see `tried`.
+inconclusive. Arms take about the same time each. Layers and rates are those of the true targets;
+only for the write and the register a few others were tried first, with one seed: see `tried`.
 """
 import random
 

@@ -149,7 +149,7 @@ PART = {
     "the last state": f"{META}=2400 --targets=last",
     "all but the last state": f"{META}=2400 --targets=earlier",
     "state after state": f"{META}=2400 --update=recursive",
-    "what was done": f"{META.replace('700', '700 --style=steps')}=2400 --style=steps",
+    "what was done": "--steps=700 --style=steps | meta.py --steps=2400 --style=steps",
     "no inner loop": f"{META}=3200 --algo=none"}
 
 def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
