@@ -2,6 +2,7 @@
 import io
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import meta
 from data import arithmetic, text
-from experiments import curve, descent, explicit, step
+from experiments import Analyze, curve, descent, explicit, step
 from experiments.arms import Arm
 from model import Config, Model
 
@@ -96,6 +97,10 @@ def test_a_step_can_go_either_way(falls, verdict):
     verdicts, numbers = step.judge((along, carriers, {"before ;": 1.0}, cosines))
     assert set(verdicts.values()) == {verdict} and "0.250" in step.show(numbers)[0]
     drawn(step, numbers)
+
+def test_a_step_without_a_gradient_is_refused(exits):
+    runs = SimpleNamespace(meta=lambda: (None, SimpleNamespace(update="register"), None))
+    exits(["by a gradient"], step.measure, Analyze(), runs)
 
 def test_shares_of_a_step_are_those_of_the_matrices_that_each_token_adds():
     """<dW_token, dW> / |dW|^2, dW_token = alpha x^T d written out."""

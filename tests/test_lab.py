@@ -101,7 +101,8 @@ def test_margins_decide_either_way(exits):
         assert intervals[0] == verdict.interval(margins[0])
     assert verdict.decide({"one seed": np.ones((1, 30))})[0] == "inconclusive"
     assert verdict.widened(4) == pytest.approx(0.9875)          # Bonferroni
-    exits(["19 questions", "'few'"], verdict.decide, {"few": np.ones(19)})
+    for few in (np.ones(19), (np.ones((19, 2)), np.median)):
+        exits(["19 questions", "'few'"], verdict.decide, {"few": few})
 
 @pytest.mark.parametrize("right", range(9))
 def test_pass_at_k_and_mg_pass_at_k_are_averages_over_all_subsets(right):
