@@ -60,6 +60,7 @@ class Meta:
     queries: int = flag(5, "questions asked of every theta'", 2, 100)
     operands: str = flag("3,4,5,6", "operand counts of the trajectories' questions")
     style: Literal["states", "steps"] = flag("states", "of the trajectories")
+    itself: Literal["yes", "no"] = flag("yes", "is a trajectory's own question asked as well?")
     fast: str = flag("2.up", "layers that the inner loop moves: BLOCK.qkv, out, up, down")
     K: int = flag(1, "inner steps", 1, 100)
     alpha: float = flag(3.5, "inner rate at the start; learned per layer and step", 1e-9)

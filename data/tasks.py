@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from data import arithmetic, text
 
-# Shares of the tasks: relatives of the question, an operation beyond it; the rest asks itself.
+# Shares of the tasks: relatives of the question, an operation beyond it; the rest, the question
+# itself after any of its states, is left out by --itself=no.
 RELATIVES, BEYOND = 0.6, 0.3
 
 
@@ -34,6 +35,8 @@ def task_at(rng: random.Random, c) -> Task:
     while True:
         q, steps = arithmetic.lesson(rng, "expr", rng.choice(c.counts), c.style)
         kind, whole, asked = rng.random(), False, [q]
+        if c.itself == "no":
+            kind, asked = kind * (RELATIVES + BEYOND), []
         if kind < RELATIVES:
             steps = steps[:-1]
             asked += arithmetic.relatives(q).values()

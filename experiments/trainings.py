@@ -150,6 +150,7 @@ PART = {
     "all but the last state": f"{META}=2400 --targets=earlier",
     "state after state": f"{META}=2400 --update=recursive",
     "what was done": "--steps=700 --style=steps | meta.py --steps=2400 --style=steps",
+    "its own question never asked": f"{META}=2400 --itself=no",
     "no inner loop": f"{META}=3200 --algo=none"}
 
 def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
@@ -240,10 +241,14 @@ operation on the trajectory's last two results, and an operation beyond.
 every part: the whole trajectory beats each of its parts.
 at once: one step on all states beats the recursion.
 it adds up: after what was done theta' beats theta that was trained as long without an inner
-    loop.""",
+    loop.
+trained in: asked the trajectory's own question, its last state missing, theta' does better where
+    meta-training asked that as well.""",
         "Eq. 4: a trajectory's steps add up, each being an update of its own",
         {"expr:6": PART},
         {"every part": against([*PART][:1], [*PART][1:5], ["sibling"], ["expr:6"]),
          "at once": against([*PART][:1], ["state after state"], ["sibling", "beyond"], ["expr:6"]),
          "it adds up": against(["what was done"], ["no inner loop"], ["sibling", "beyond"],
+                               ["expr:6"]),
+         "trained in": against([*PART][:1], ["its own question never asked"], ["cut"],
                                ["expr:6"])})}
