@@ -34,7 +34,7 @@ from experiments import cell_of, others_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.flags import fail
 from lab.score import held_out, respond
-from lab.verdict import FEWEST, decide, interval
+from lab.verdict import FEWEST, decide, decide_all, interval
 
 CLAIM = "C1, C2: the answer's loss falls along a correct trajectory only, and step by step"
 LEFT = (5, 4, 3)                    # operands left, where the law is tested
@@ -154,9 +154,7 @@ def judge(raw):
         "states replace one another": {
             "last state alone - 0.9 of all": raw.says["last state alone: the answer"]
             - 0.9 * raw.says["all states: the answer"]}}
-    verdicts, gaps = {}, {}
-    for part, row in margins.items():
-        verdicts[part], gaps[part] = decide(row)
+    verdicts, gaps = decide_all(margins)
     steps = {"2/3 - largest step": 2 / 3 - largest, "effective steps - 2": effective - 2}
     verdicts["progressive"], gaps["progressive"] = where_enough(steps, np.median)
     verdicts["the law"], gaps["the law"], numbers = judge_law(raw)

@@ -21,7 +21,7 @@ import numpy as np
 from analyze import at_states, curves_of
 from data import arithmetic
 from experiments.arms import share, train_arms
-from experiments.figure import chance_line, panels, whiskers
+from experiments.figure import chance_line, panels
 from lab.run import checksum, device_of
 from lab.score import right
 from lab.verdict import decide, interval
@@ -77,12 +77,11 @@ def judge(raw):
 def draw(numbers):
     fig, ((ax,),) = panels(1, 1, width=6, heights=[3.4])
     for i, (name, arm) in enumerate(numbers["arms"].items()):
-        mean = [[m, m if low is None else low, m if high is None else high]
-                for m, low, high in arm["L_hat"]]
-        own = f"{name}: {arm['right']['mean'][0]:.0%} right"
-        whiskers(ax, np.arange(6) + 0.05 * (i - 3), mean, SHADES[i], label=own)
+        mean, low, high = np.array(arm["L_hat"], float).T
+        ax.errorbar(np.arange(6) + 0.05 * (i - 3), mean, [mean - low, high - mean], fmt="o-", ms=3,
+                    color=SHADES[i], label=f"{name}: {arm['right']['mean'][0]:.0%} right")
     chance_line(ax)
     ax.set(xlabel="states of the correct trajectory", ylim=(0, None),
            ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
-    ax.legend(fontsize=6, loc="upper right")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

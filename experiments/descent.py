@@ -29,7 +29,7 @@ from experiments.figure import bars, panels
 from experiments.trainings import META
 from lab.run import device_of, read_log
 from lab.score import commonest, held_out
-from lab.verdict import decide
+from lab.verdict import decide_all
 from meta import load_meta
 
 CLAIM = "Eq. 4: a trajectory's update is a descent, not something written down"
@@ -84,9 +84,7 @@ def judge(raw):
         "an inner loop": {"own - no inner loop": score[OWN] - score["no inner loop"]},
         "as good as the context":
             {"own - in the context + 3 points": score[OWN] - score["in the context"] + 0.03}}
-    verdicts, gaps = {}, {}
-    for part, row in margins.items():
-        verdicts[part], gaps[part] = decide(row)
+    verdicts, gaps = decide_all(margins)
     return verdicts, {
         "gaps": gaps, "arms": kept(arms), "commonest": round(chance, 4),
         "curves": {name: y.round(4).tolist() for name, y in curves.items()},

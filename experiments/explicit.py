@@ -31,7 +31,7 @@ from experiments import others_of
 from experiments.curve import alone, rank_correlation
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.score import commonest, held_out, shallow
-from lab.verdict import decide, interval
+from lab.verdict import decide, decide_all, interval
 from meta import outcomes
 
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
@@ -110,9 +110,7 @@ def judge(raw):
         "as the context does":
             {f"{kind}: theta' - context + 3 points": gap(kind, "theta_prime", "in_context", 0.03)
              for kind in ("cut", "whole")}}
-    verdicts, gaps = {}, {}
-    for part, row in margins.items():
-        verdicts[part], gaps[part] = decide(row)
+    verdicts, gaps = decide_all(margins)
     verdicts["two curves coincide"], gaps["two curves coincide"], found = coincide(raw.curves)
     return verdicts, found | {
         "gaps": gaps, "largest": sizes[0], "lines": raw.lines,

@@ -44,12 +44,6 @@ def band(ax, x, summaries, colour, label=None, style="-"):
     ax.plot(x, mean, style, color=colour, label=label, ms=3)
     ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
 
-def whiskers(ax, x, summaries, colour, **options):
-    """Joined dots at x, each [mean, low, high]."""
-    mean, low, high = np.transpose(summaries)
-    options = {"fmt": "o-", "ms": 3} | options
-    ax.errorbar(x, mean, [mean - low, high - mean], color=colour, **options)
-
 def boxes(ax, rows, least=1e-17):
     """A horizontal box of numbers per row, {label: numbers}, on a logarithmic axis."""
     values = [np.maximum(v, least) for v in rows.values()]
@@ -69,9 +63,6 @@ def bars(ax, rows, **labels):
         ax.plot(row.get("seeds", []), [i] * len(row.get("seeds", [])), ".", color=INK, ms=3)
     ax.set_yticks(range(len(rows)), [textwrap.fill(name, 40) for name in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), **labels)
-
-def zero_line(ax):
-    ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)
 
 def chance_line(ax):
     """ln 10: the loss of a digit for somebody who knows nothing."""

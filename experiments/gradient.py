@@ -23,7 +23,7 @@ import torch
 from analyze import untrained
 from data import arithmetic, text
 from experiments import cell_of, others_of
-from experiments.figure import COLOURS, INK, band, panels, zero_line
+from experiments.figure import COLOURS, INK, band, panels
 from lab.verdict import FEWEST, decide, interval
 
 CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
@@ -171,6 +171,6 @@ def draw(numbers):
         ax.axvline(LEAST, color="#cccccc", lw=0.8, zorder=0)
         ax.set(title=f"{member.capitalize()}: a step down the gradient?\n{numbers['title']}",
                xlabel="fall of $L_q$ by the token (nats)", ylabel=r"cosine with $-\nabla L_q$")
-        zero_line(ax)
+        ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)
     axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

@@ -22,7 +22,7 @@ from analyze import TAIL, exact_patches, patch_hook, tails, untrained
 from data import arithmetic, text
 from experiments import cell_of
 from experiments.figure import boxes, panels
-from lab.verdict import decide
+from lab.verdict import decide_all
 
 CLAIM = "Prop. 2.1: some weights do without the trajectory what the model does with it"
 
@@ -148,11 +148,11 @@ def judge(raw):
     parts = {"some weights do it": margins,
              "the printed proof": {"below 1e-10": -10 - e["as printed"]},
              "the rank-1 repair": {"below 1e-10": -10 - e["rank-1 repair"]}}
-    decided = {part: decide(found) for part, found in parts.items()}
-    numbers = {"title": raw.title, "gaps": {part: gaps for part, (_, gaps) in decided.items()}}
+    verdicts, gaps = decide_all(parts)
+    numbers = {"title": raw.title, "gaps": gaps}
     for name, rows in (("errors", raw.errors), ("proposition", raw.proposition)):
         numbers[name] = {what: [float(f"{x:.3g}") for x in row] for what, row in rows.items()}
-    return {part: verdict for part, (verdict, _) in decided.items()}, numbers
+    return verdicts, numbers
 
 
 # ------------------------------------------------------------------------------------------ draw

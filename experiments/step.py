@@ -22,10 +22,10 @@ from analyze import cosines, direct_logp, nll_of
 from data import arithmetic, text
 from data.tasks import Task, support
 from experiments import others_of
-from experiments.figure import COLOURS, band, chance_line, panels
+from experiments.figure import COLOURS, band, bars, chance_line, panels
 from lab.flags import fail
 from lab.score import held_out
-from lab.verdict import decide, interval
+from lab.verdict import decide_all, interval
 from meta import adapt, moved, part_of
 
 CLAIM = "Eq. 4: one step down the trajectory's loss lowers the answer's"
@@ -102,10 +102,10 @@ def shares(inner, rows, update):
 
 def judge(raw):
     along, carried, parts, with_patch = raw
-    one, verdicts, gaps = list(ALONG).index(1.0), {}, {}
-    for part, name in (("the step descends", "inner"), ("the answer comes with it", "L_q")):
-        fall = along[name][:, 0] - along[name][:, one]
-        verdicts[part], gaps[part] = decide({"loss before - after": fall})
+    one = list(ALONG).index(1.0)
+    fall = {name: {"loss before - after": y[:, 0] - y[:, one]} for name, y in along.items()}
+    verdicts, gaps = decide_all({"the step descends": fall["inner"],
+                                 "the answer comes with it": fall["L_q"]})
     return verdicts, {
         "gaps": gaps, "shares": parts,
         "along": {name: [interval(column) for column in y.T] for name, y in along.items()},
@@ -123,18 +123,14 @@ def draw(numbers):
     along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
               ylim=(0, 4.2))
     along.legend(fontsize=7)
-    for i, (mean, low, high) in enumerate(numbers["carriers"].values()):
-        right.barh(i, mean, 0.7, color=COLOURS["weights"])
-        right.errorbar(mean, i, xerr=[[mean - low], [high - mean]], ecolor="k", lw=0.8)
-    right.set_yticks(range(len(PARTS)), PARTS)
-    right.set(title="After a step on these tokens alone", xlim=(0, 1),
-              xlabel="right, another operation on both results")
+    bars(right, {part: {"mean": row} for part, row in numbers["carriers"].items()},
+         title="After a step on these tokens alone", xlim=(0, 1),
+         xlabel="right, another operation on both results")
     parts = numbers["shares"]
     tokens.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
     tokens.set_yticks(range(len(parts)), parts)
     tokens.set(title="Which tokens move the weights", xlabel="share of the squared update")
-    for ax in (right, tokens):
-        ax.invert_yaxis()
+    tokens.invert_yaxis()
     return fig
 
 def show(numbers):

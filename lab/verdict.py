@@ -92,6 +92,12 @@ def decide(margins: dict, statistic=np.mean):
         verdict = "refuted" if any(high < 0 for _, _, high in wide.values()) else "inconclusive"
     return verdict, {name: interval(margin, statistic) for name, margin in margins.items()}
 
+def decide_all(parts: dict):
+    """`decide` for every part of a claim -> ({part: verdict}, {part: {name: interval}})."""
+    decided = {part: decide(margins) for part, margins in parts.items()}
+    verdicts = {part: verdict for part, (verdict, _) in decided.items()}
+    return verdicts, {part: gaps for part, (_, gaps) in decided.items()}
+
 def widened(n: int) -> float:
     """The level of intervals of which any of n can refute (Bonferroni)."""
     return 1 - 0.05 / n
