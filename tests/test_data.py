@@ -322,3 +322,8 @@ def test_tasks_are_a_function_of_seed_and_step_and_hold_what_they_promise():
         assert len(others) == 2 and all(verdicts[:-1]) and verdicts[-1] == whole
         assert first == q or whole != relative and (relative or f"({q.text})" in first.text)
     assert min(kinds.values()) > 30, kinds
+
+def test_no_task_asks_its_own_question_where_that_is_left_out():
+    some = tasks.tasks_at(0, meta.Meta(batch=300, itself="no"))
+    assert not any(task.solved in task.queries for task in some)
+    assert 0.3 < sum(task.whole for task in some) / len(some) < 0.37        # 0.3 of 0.9
