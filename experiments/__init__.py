@@ -163,7 +163,7 @@ def run(name: str, c, device, models: dict) -> dict:
                 "experiment": name, "claim": experiment.CLAIM,
                 "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
                 "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
-                "gaps": [dict(deciding(numbers)) for _, numbers in judged],
+                "gaps": [deciding(numbers) for _, numbers in judged],
                 "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
@@ -201,14 +201,10 @@ def spoken(verdicts: list) -> list:
                                     else counts[0][0]))
     return lines
 
-def deciding(node, name: str = "", inside: bool = False):
-    """Every [estimate, low, high] under a key `gaps` -> (its path in words, it)."""
-    if isinstance(node, dict):
-        for key, child in node.items():
-            path = name if key == "gaps" else f"{name}, {key}".strip(", ")
-            yield from deciding(child, path, inside or key == "gaps")
-    elif inside and isinstance(node, list) and len(node) == 3:
-        yield name, node
+def deciding(numbers: dict) -> dict:
+    """{name of a margin: [estimate, low, high]} of all parts of a claim."""
+    return {f"{part}, {name}": gap for part, row in numbers.get("gaps", {}).items()
+            for name, gap in row.items() if gap}
 
 def typed(name: str, c) -> str:
     """What to type to run it again."""

@@ -156,11 +156,11 @@ def judge(raw):
             - 0.9 * raw.says["all states: the answer"]}}
     verdicts, gaps = decide_all(margins)
     steps = {"2/3 - largest step": 2 / 3 - largest, "effective steps - 2": effective - 2}
-    verdicts["progressive"], gaps["progressive"] = where_enough(steps, np.median)
+    verdicts["progressive"], gaps["progressive"] = decide(steps, np.median)
     verdicts["the law"], gaps["the law"], numbers = judge_law(raw)
     hit, numbers["always the commonest place"] = jumps(raw)
     numbers["largest step where predicted"] = interval(hit)
-    verdicts["the jump's place"], gaps["the jump's place"] = where_enough(
+    verdicts["the jump's place"], gaps["the jump's place"] = decide(
         {"largest step where predicted - 0.8": hit - 0.8})
     if min(map(len, raw.sampled.values())) >= FEWEST:   # a good model is seldom wrong
         right, wrong = raw.sampled["right"], raw.sampled["wrong"]
@@ -177,11 +177,6 @@ def judge(raw):
         "rise on a detour": interval(raw.detour),
         "own outputs, wrong": len(raw.sampled["wrong"]), "example": raw.example,
         "scatter": {n: np.round(pair, 2).tolist() for n, pair in raw.law.items()}}
-
-def where_enough(margins, statistic=np.mean):
-    """`decide`, but for too few questions whose loss falls."""
-    n = min(map(len, margins.values()))
-    return decide(margins, statistic) if n >= FEWEST else ("not testable here", {})
 
 def shape(states):
     """Loss at states (N, S) -> (share of the fall that the largest step makes, effective steps),

@@ -7,7 +7,7 @@ default model never saw a dot; `train.py --style=states,filler` makes one that d
 from analyze import curves_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.score import held_out
-from lab.verdict import decide, interval
+from lab.verdict import decide_all, interval
 
 CLAIM = "tokens without content are inner steps too"
 DOTS = range(0, 33, 4)
@@ -21,8 +21,8 @@ def measure(c, runs):
 
 def judge(loss):
     falls = [none - dots for none, dots in zip(loss[0], loss[32])]
-    verdict, gaps = decide({"none - 32 dots": falls})
-    return {"dots help": verdict}, {"gaps": gaps, "L_hat": [interval(loss[n]) for n in DOTS]}
+    verdicts, gaps = decide_all({"dots help": {"none - 32 dots": falls}})
+    return verdicts, {"gaps": gaps, "L_hat": [interval(loss[n]) for n in DOTS]}
 
 def draw(numbers):
     fig, ((ax,),) = panels(1, 1)

@@ -24,7 +24,7 @@ from analyze import untrained
 from data import arithmetic, text
 from experiments import cell_of, others_of
 from experiments.figure import COLOURS, INK, band, panels
-from lab.verdict import FEWEST, decide, interval
+from lab.verdict import decide, interval
 
 CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
 MEMBERS = ("every layer", "last bias")
@@ -118,18 +118,15 @@ def judge(raw):
     title, found, yardstick = raw
     verdicts, numbers = {}, {"title": title, "gaps": {}}
     for part in ("aligned", "a gradient step"):
-        (one, gaps), (other, others) = (verdict_of(margins(found, k)[part]) for k in (0, 1))
+        (one, gaps), (other, others) = (decide(margins(found, k)[part]) for k in (0, 1))
         verdicts[part] = one if one == other else "inconclusive"
-        numbers["gaps"][part] = dict(zip(MEMBERS, (gaps, others)))
+        numbers["gaps"][part] = {f"{member}, {name}": gap for member, row in
+                                 zip(MEMBERS, (gaps, others)) for name, gap in row.items()}
     for k, member in enumerate(MEMBERS):
         numbers[member] = {
             "by fall": {name: by_fall(rows[1], rows[2 + k]) for name, rows in found.items()},
             "SGD": {name: interval(v) for name, v in yardstick[member].items()}}
     return verdicts, numbers
-
-def verdict_of(margins):
-    testable = min(map(len, margins.values())) >= FEWEST
-    return decide(margins) if testable else ("not testable here", {})
 
 def margins(found, k):
     """{condition: (4, tokens)} -> {part: {margin of member k: a mean per question}}"""

@@ -111,7 +111,7 @@ def test_gradient_compares_conditions_at_equal_falls():
     verdict, _, gaps = judged(trained, control)
     assert verdict != "supported"
     assert trained[2].mean() - control[2].mean() > 0.1
-    assert all(abs(gaps[member]["above shuffled"][0]) < 0.03 for member in gradient.MEMBERS)
+    assert all(abs(gaps[f"{member}, above shuffled"][0]) < 0.03 for member in gradient.MEMBERS)
     assert judged(tokens_of(0, 0, 0.5, falls, small), trained, untrained=0 * trained)[0] == (
         "supported")
     found = gradient.partners(np.array([1.0, 2.0, 9.0]), np.array([2.3, 1.05, 8.9]), np.arange(3))
