@@ -1,5 +1,8 @@
 """What several test files share: a tiny model, tiny runs in this process, refusals."""
+import io
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import meta
 import train
-from data import text
+from data import arithmetic, text
 from lab.flags import flags
 from lab.run import load, read_log
 from model import Config, Model
@@ -31,15 +34,14 @@ def a_run(kind, out, *args):
         return meta.meta(*flags(meta.Meta, words))
     return train.train(*flags(train.Train, words))
 
-def odd(q, output):
-    """A reward that an untrained model gets sometimes, and sometimes not."""
-    return float(len(output) % 2)
+def rated(q, output):
+    """A reward that takes every value at an untrained model's outputs."""
+    return (1.0, 0.0, 1.0, -0.5, -1.0)[len(output) % 5]
 
 def product(folder):
     """What of a run may not depend on how often it was stopped."""
-    state, log = load(Path(folder) / "ckpt.pt"), read_log(folder)
-    for line in log:
-        del line["seconds"]
+    state = load(Path(folder) / "ckpt.pt")
+    log = [line | {"seconds": 0} for line in read_log(folder)]
     return {**{name: state[name] for name in ("step", "model", "optimisers", "extra")}, "log": log}
 
 def contents(folder):
@@ -69,6 +71,12 @@ def slow_nll(model, row, weights={}):
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
+def drawn(module, numbers):
+    """Asserts that an experiment draws a picture of what JSON keeps of its numbers."""
+    picture = io.BytesIO()
+    module.draw(json.loads(json.dumps(numbers))).savefig(picture)
+    assert len(picture.getvalue()) > 10_000
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tensors here are so small that a second thread only costs."""
@@ -80,6 +88,19 @@ def base(tmp_path_factory):
     out = tmp_path_factory.mktemp("base") / "s\xe4\u0444t"
     a_run("sft", out)
     return out
+
+@pytest.fixture(scope="session")
+def straight(base, tmp_path_factory):
+    """{kind: (arguments, the folder of a run that nothing stopped, its seconds)}."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "reward", rated)
+        for kind in KINDS:
+            out, began = tmp_path_factory.mktemp(kind), time.perf_counter()
+            init = [] if kind == "sft" else [f"--init={base / 'ckpt.pt'}"]
+            a_run(kind, out, *init)
+            found[kind] = [*KINDS[kind], *init], out, time.perf_counter() - began
+    return found
 
 @pytest.fixture
 def tiny():

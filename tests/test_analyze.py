@@ -1,5 +1,6 @@
-"""The instruments of the figures against slow forms of the same."""
+"""The instruments of the figures, the walk, a step by hand: against slow forms of the same."""
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import analyze
 import meta
 from data import arithmetic, text
 from data.tasks import Task, support
+from experiments import byhand, walk
 
 Q = arithmetic.parse("(3+5)*2-7")
 STEPS = ["(8*2)-7", "6-7", "9"]
@@ -59,18 +61,14 @@ def test_explicit_curves_are_those_of_each_prefix_alone(tiny):
             close(curve, [loss_of(tiny, q, "", weights) for weights in ({}, *moved)])
 
 
-def with_silent_units(model):
-    model.blocks[1].up.weight.data.zero_()
-    return model
-
-MODELS = [lambda model: model, with_silent_units, lambda model: analyze.untrained(model).double()]
-
 @pytest.mark.parametrize("bias", (False, True))
-@pytest.mark.parametrize("change", MODELS, ids=["as it is", "silent", "untrained"])
-def test_patched_weights_without_the_trajectory_give_the_logits_with_it(tiny, change, bias):
+@pytest.mark.parametrize("kind", ("as it is", "silent", "untrained"))
+def test_patched_weights_without_the_trajectory_give_the_logits_with_it(tiny, kind, bias):
     """To 1e-10, at `</think>` and after the answer, for rows of different lengths; and the patches
     do so again as a hook of their own."""
-    model, (questions, thinks) = change(tiny), some_questions()
+    model = analyze.untrained(tiny).double() if kind == "untrained" else tiny
+    model.blocks[1].up.weight.data *= kind != "silent"
+    questions, thinks = some_questions()
     found = analyze.exact_patches(model, questions, thinks, bias)
     assert (found.full - found.plain).abs().amax((1, 2)).min() > 1e-2
     close(found.patched, found.full)
@@ -103,3 +101,33 @@ def test_cosines_equal_those_of_the_matrices_written_out(tiny):
 def test_an_untrained_model_has_the_shape_and_no_weights_that_are_zero(tiny):
     for name, p in analyze.untrained(tiny).named_parameters():
         assert p.abs().min() > 0 and p.shape == tiny.get_parameter(name).shape
+
+
+def test_the_walk_shows_context_and_weights_after_every_state(tiny):
+    inner = inner_of(tiny)
+    numbers = walk.walked(tiny, inner, Q)
+    states = numbers["think"].split(";")
+    assert not numbers["own"] and len(states) == 3 and states[-1] == "9"    # tiny knows nothing
+    for i in range(4):
+        context = logp_at_end(tiny, text.prompt(Q.text, ";".join(states[:i])))
+        moved = meta.theta_prime(tiny, inner, support([Task(Q, states[:i], [Q])])) if i else {}
+        close(numbers["logp"]["context"][i], context[:10].detach())
+        close(numbers["logp"]["weights"][i], logp_at_end(tiny, text.prompt(Q.text, ""), moved)[:10])
+    frames = walk.frames_of(numbers["think"])
+    shown = [n for n, beyond in dict.fromkeys(frames) if not beyond]
+    assert shown == [*range(len(numbers["think"]) + 1)] and frames[-1] == (shown[-1], "answered")
+    text_lines = walk.show(numbers | {"which": "yours"})
+    assert len(walk.draw(numbers).axes) == 3 and text_lines[-1].startswith("beyond: ")
+
+def test_a_question_is_refused_in_a_line(exits):
+    assert walk.question_of("3+5*2").text == "3+(5*2)"
+    for ask, word in (("3+5", "operands"), ("1+2+3+4+5+6+7", "operands"), ("3+a-1", "'a'")):
+        exits(["--ask=", word], walk.question_of, ask)
+
+def test_a_step_by_hand_is_theta_prime(tiny):
+    inner = meta.Inner(tiny, ["1.up"], alpha=0.3, tau=2.0).double()
+    runs = SimpleNamespace(meta=lambda: (tiny, inner, None))
+    numbers = byhand.measure(SimpleNamespace(ask=Q.text, meta="tiny"), runs)
+    assert numbers["off"] < 1e-12 and len(numbers["lines"]) <= 45
+    assert max(numbers["far"]) > 1e-6             # and it was a step
+    assert byhand.draw(numbers).axes

@@ -12,14 +12,13 @@ import traceback
 
 import pytest
 import torch
-from conftest import KINDS, a_run, contents, odd, product, same
+from conftest import KINDS, contents, product, rated, same
 
 import experiments
 import meta
 import train
 from data import arithmetic
 from lab import run
-from lab.run import load
 
 MAINS = {"train": train.main, "meta": meta.main, "analyze": experiments.main}
 
@@ -58,30 +57,15 @@ def refused(word, script, *args, before=None):
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err, err
 
 
-@pytest.fixture(scope="module")
-def straight(base, tmp_path_factory):
-    """{kind: (script, arguments, the product of a run that nothing stopped, its seconds)}."""
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arithmetic, "reward", odd)
-        for kind, args in KINDS.items():
-            out, began = tmp_path_factory.mktemp(kind), time.perf_counter()
-            args = args if kind == "sft" else [*args, f"--init={base / 'ckpt.pt'}"]
-            a_run(kind, out, *args[len(KINDS[kind]):])
-            script, seconds = "meta" if kind == "meta" else "train", time.perf_counter() - began
-            found[kind] = script, args, product(out), seconds
-    return found
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_and_resumed_is_the_straight_one(straight, tmp_path, kind,
                                                                         monkeypatch):
     """kill -9, again and again; what is left is always whole. Bit for bit."""
-    monkeypatch.setattr(arithmetic, "reward", odd)
-    script, args, expected, seconds = straight[kind]
+    monkeypatch.setattr(arithmetic, "reward", rated)
+    (args, expected, seconds), script = straight[kind], "meta" if kind == "meta" else "train"
     rng, codes = random.Random(kind), []
     for pause in (*(rng.uniform(0.1, 0.6) * seconds for _ in range(4)), 60):
-        saved = (tmp_path / "ckpt.pt").exists()
-        words = ["--resume"] if saved else [*args, "--overwrite"]
+        words = ["--resume"] if (tmp_path / "ckpt.pt").exists() else [*args, "--overwrite"]
         pid, err = start(script, [f"--out={tmp_path}", *words])
         if pause < 60:
             time.sleep(pause)
@@ -90,7 +74,7 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_straight_one(straight
         assert code in (0, -signal.SIGKILL) and "error" not in message, message
         codes.append(code)
     assert -signal.SIGKILL in codes and codes[-1] == 0
-    same(product(tmp_path), expected)
+    same(product(tmp_path), product(expected))
 
 def full_at(owner, name, call):
     """A `before`: from the call-th call of owner.name on no file may be longer than 350 bytes."""
@@ -107,13 +91,13 @@ def full_at(owner, name, call):
                                         ((train, "provenance", 1), 24), ((run, "write", 1), 0)],
                          ids=["checkpoint", "log", "summary", "config"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_goes_on(straight, tmp_path, where, step):
-    _, args, expected, _ = straight["sft"]
+    args, expected, _ = straight["sft"]
     refused("", "train", f"--out={tmp_path}", *args, before=full_at(*where))
     assert not (tmp_path / "summary.json").exists()
     if step:
-        assert load(tmp_path / "ckpt.pt")["step"] == step
+        assert run.load(tmp_path / "ckpt.pt")["step"] == step
         assert ended(*start("train", [f"--out={tmp_path}", "--resume"]))[0] == 0
-        same(product(tmp_path), expected)
+        same(product(tmp_path), product(expected))
     else:
         assert not (tmp_path / "ckpt.pt").exists()
 
@@ -149,10 +133,10 @@ def until(what):
 
 def test_a_run_needs_no_stderr_and_says_so_when_memory_is_out(straight, tmp_path):
     """`2>&-`, as under pythonw; `ulimit -v`."""
-    _, args, expected, _ = straight["sft"]
+    args, expected, _ = straight["sft"]
     close = start("train", [f"--out={tmp_path}", *args], lambda: setattr(sys, "stderr", None))
     assert ended(*close) == (0, "")
-    same(product(tmp_path), expected)
+    same(product(tmp_path), product(expected))
     refused("out of memory", "train", f"--out={tmp_path / 'large'}", "--width=20000", "--heads=1",
             before=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32)))
 
@@ -185,7 +169,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_touched_or_executed(base
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "run")
     path, other = tmp_path / "run" / "ckpt.pt", vars(meta.Meta(fast="1.up"))
-    for content in damaged(path.read_bytes(), load(path), other):
+    for content in damaged(path.read_bytes(), run.load(path), other):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         before = contents(tmp_path)
         refused("run/", "train", "--out=run", "--resume")

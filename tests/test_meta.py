@@ -12,7 +12,6 @@ from torch.func import functional_call
 import meta
 import train
 from data import arithmetic, tasks, text
-from data.tasks import Task
 from lab import score
 
 TAU = 3.0
@@ -27,7 +26,7 @@ def some_tasks(G=3, seed=0, queries=3):
         q, whole = arithmetic.draw(rng, "expr", 3 + i % 3), i % 2 == 0
         steps = arithmetic.steps(q, rng)[0]
         asked = [arithmetic.draw(rng, "expr", rng.randint(2, 5)) for _ in range(queries)]
-        found.append(Task(q, steps if whole else steps[:-1], asked, whole))
+        found.append(tasks.Task(q, steps if whole else steps[:-1], asked, whole))
     return found
 
 def inner_of(model, K=1, fast="*.up,*.down", alpha=0.05, **options):
@@ -51,8 +50,7 @@ def losses_of(model, weights, q):
     return slow_nll(model, text.row(q.text, [], q.answer, brackets=True), weights)
 
 def path_of(name):
-    block, layer = name.split(".")
-    return f"blocks.{block}.{layer}.weight"
+    return f"blocks.{name}.weight"
 
 def weights_of(model, logs):
     return {path_of(name): model.get_parameter(path_of(name)) for name, _ in logs}
@@ -123,12 +121,6 @@ def test_meta_gradient_is_that_of_finite_differences_and_fomamls_is_not(tiny, K,
     measured = (values[0] - values[1]) / (2 * h)
     off = abs(float(flat(grads) @ flat(direction)) / measured - 1)
     assert off < 1e-6 if holds else off > 1e-3
-
-def test_a_tiny_rate_gives_the_plain_gradient(tiny):
-    some, query = some_tasks(), tasks.query(some_tasks())
-    plain = tiny.score(tiny(**query.inputs()), query.targets).sum()
-    adapted = dual(tiny, inner_of(tiny, 2, "*", alpha=1e-14)[0], some).sum()
-    close(gradient(plain, tiny, []), gradient(adapted, tiny, []), 1e-11)
 
 def test_fast_layers_are_those_that_patterns_name_and_no_other_moves(tiny):
     assert meta.fast_layers(tiny, "2.up,0.*") == ["0.qkv", "0.out", "0.up", "0.down", "2.up"]

@@ -27,14 +27,12 @@ def random_bias(T, S):
     hidden[..., 0] = False
     return torch.zeros(2, 1, T, S, dtype=torch.float64).masked_fill(hidden, -math.inf)
 
-
-CASES = pytest.mark.parametrize("T,S,masked", [(7, 7, False), (7, 7, True), (1, 7, False),
-                                               (3, 7, True), (1, 7, True)])
-
 def written(q, k, v, bias=None):
     return weights(q, k, bias) @ v
 
-@CASES
+
+@pytest.mark.parametrize("T,S,masked", [(7, 7, False), (7, 7, True), (1, 7, False), (3, 7, True),
+                                        (1, 7, True)])
 @pytest.mark.parametrize("order", (0, 1, 2))
 def test_fused_attention_equals_the_formula_and_so_do_its_derivatives(T, S, masked, order):
     """Causal, under a mask, and one query that sees all keys; keys and values that depend on the
@@ -50,13 +48,6 @@ def test_fused_attention_equals_the_formula_and_so_do_its_derivatives(T, S, mask
         results.append(found)
     for a, b in zip(*results):
         close(a, b)
-
-@CASES
-def test_fused_attention_has_the_gradients_of_finite_differences_twice(T, S, masked):
-    inputs = [x[:, :1, :, :2].detach().requires_grad_() for x in qkv(T, S)]
-    inputs.append(random_bias(T, S) if masked else None)
-    assert torch.autograd.gradcheck(Attention.apply, inputs)
-    assert torch.autograd.gradgradcheck(Attention.apply, inputs)
 
 def test_fused_attention_keeps_its_inputs_alone_and_runs_without_a_graph():
     (q, k, v), kept = qkv(7, 7), []
@@ -114,9 +105,8 @@ def slow_attention(q, k, v, seen):
     out = torch.zeros_like(q)
     for b, h, t in itertools.product(*map(range, q.shape[:3])):
         keys = [s for s in range(k.size(2)) if seen(b, t, s)]
-        weights = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(8)) for s in keys]
-        for s, weight in zip(keys, weights):
-            out[b, h, t] += weight / sum(weights) * v[b, h, s]
+        likes = (k[b, h, keys] @ q[b, h, t] / math.sqrt(8)).exp()
+        out[b, h, t] = likes / likes.sum() @ v[b, h, keys]
     return out
 
 @pytest.mark.parametrize("seed", range(24))

@@ -1,4 +1,5 @@
 """The losses of Table 1 against slow paths and finite differences; runs, and what they leave."""
+import copy
 import hashlib
 import itertools
 import json
@@ -11,19 +12,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import KINDS, a_run, close, logp_at_end, odd, product, same, slow_nll
+from conftest import KINDS, a_run, close, logp_at_end, product, rated, same, slow_nll
 
 import meta
 import train
 from data import arithmetic, tasks, text
 from lab import run, score
-from lab.run import load, read_log
-from model import Model
+from lab.flags import flags
 
 MODES = ("trajectory", "direct")
 Q = arithmetic.parse("(3+5)*2-7")
@@ -40,41 +39,16 @@ def grads(model):
 def ids_of(outputs):
     return [text.ENCODING.encode(output, allowed_special="all") for output in outputs]
 
-def log_likelihood(model, output, question=Q.text):
-    """log p of a whole output to a question, token by token."""
-    head, (ids,) = text.prompt(question), ids_of([output])
-    return sum(logp_at_end(model, [*head, *ids[:i]])[token] for i, token in enumerate(ids))
-
 
 def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny):
     c, mix = train.Train(batch=10), text.Mix(operands=(3, 4), styles=arithmetic.STYLES)
     numbers, found = train.sft(c, tiny, train.pieces(c, mix, 4, 5), 5), grads(tiny)
-    losses = [x for row in text.batch_at(5, 10, mix, 0) for x in slow_nll(tiny, row)]
-    loss = torch.stack(losses).mean()
+    rows = text.batch_at(5, 10, mix, 0)
+    loss = torch.stack([x for row in rows for x in slow_nll(tiny, row)]).mean()
     loss.backward()
-    close(numbers["loss"], float(loss.detach()))
     close(found, grads(tiny))
-
-OUTPUTS = ["(8*2)-7;6-7;9</think>9<eos>", "9</think>9<eos>", "8</think>1<eos>", "</think>3<eos>"]
-
-def preference_loss(model):
-    ref = torch.tensor([-9.0, -8.0, -7.0, -9.0], dtype=torch.float64).split(2)
-    now = train.log_prob(model, [Q] * 4, ids_of(OUTPUTS))[0].sum(1).split(2)
-    return train.dpo_loss(*now, *ref, 0.3)[0]
-
-def test_dpo_has_its_formula_and_the_gradient_of_finite_differences(tiny):
-    a, b, c, d = (log_likelihood(tiny, output) for output in OUTPUTS)
-    margins = [0.3 * (a + 9 - (c + 7)), 0.3 * (b + 8 - (d + 9))]
-    close(preference_loss(tiny), sum((1 + (-m).exp()).log() for m in margins) / 2)
-    parameters, h, losses = list(tiny.parameters()), 1e-6, []
-    direction = [torch.randn_like(p) for p in parameters]
-    exact = torch.autograd.grad(preference_loss(tiny), parameters)
-    for by in (h, -2 * h):
-        for p, d in zip(parameters, direction):
-            p.data += by * d
-        losses.append(float(preference_loss(tiny).detach()))
-    measured = (losses[0] - losses[1]) / (2 * h)
-    assert sum(float((g * d).sum()) for g, d in zip(exact, direction)) == pytest.approx(measured)
+    assert numbers == {"loss": pytest.approx(float(loss.detach()), rel=1e-10),
+                       "tokens": sum(len(row.ids) for row in rows)}
 
 def test_policy_loss_equals_a_written_out_loop_with_clipping_on_both_sides():
     torch.manual_seed(0)
@@ -91,39 +65,60 @@ def test_policy_loss_equals_a_written_out_loop_with_clipping_on_both_sides():
     close(loss, expected)
     close(*(torch.autograd.grad(x, new)[0] for x in (loss, expected)))
 
+# Groups of four: a held-out question and what never ends in the second, no form in the third.
+OUTPUTS = ["(8*2)-7;6-7;9</think>9<eos>", "9</think>9<eos>", "8</think>1<eos>", "</think>3<eos>",
+           f"{HELD}</think>9<eos>", "</think>9<eos>", "</think>3<eos>",
+           "8" * arithmetic.room(4), *["9<eos>"] * 4]
+TOKENS = sum(map(len, ids_of(OUTPUTS)))
+QUESTIONS = [Q, arithmetic.parse("(1+7)*2-7"), Q]
+
+def lessons():
+    asked = iter(QUESTIONS)
+    return SimpleNamespace(lesson=lambda rng: (next(asked), []))
+
+def log_likelihood(model, j):
+    """log p of a whole output to its group's question, token by token."""
+    head, (ids,) = text.prompt(QUESTIONS[j // 4].text), ids_of([OUTPUTS[j]])
+    return sum(logp_at_end(model, [*head, *ids[:i]])[token] for i, token in enumerate(ids))
+
 class Writer:
     """A model with scripted outputs in place of its own."""
-    def __init__(self, model, outputs):
-        self.nll, self.device, self.outputs = model.nll, model.device, ids_of(outputs)
+    def __init__(self, model):
+        self.nll, self.device = model.nll, model.device
 
     def generate(self, prompts, stop, *_):
-        return [[i for i in ids if i != stop] for ids in self.outputs * (len(prompts) // 4)]
-
-ONE_QUESTION = SimpleNamespace(lesson=lambda rng: (Q, []))
+        return [[i for i in ids if i != stop] for ids in ids_of(OUTPUTS)]
 
 @pytest.mark.parametrize("update", (0, 2))
 def test_grpo_moves_along_advantage_times_log_likelihood(tiny, update):
     """What is better than its group's mean, per a constant length; `update` of a group; no output
     with a held-out question in it."""
-    outputs = [OUTPUTS[0], f"{HELD}</think>9<eos>", *OUTPUTS[2:]]
-    c = train.Train(method="grpo", batch=8, group=4, update=update)
-    numbers = train.grpo(c, Writer(tiny, outputs), ONE_QUESTION, 3)
-    found, rng, length = grads(tiny), random.Random("update/0/3"), len(ids_of(outputs)[0])
-    for j in [*rng.sample(range(4), update or 4), *rng.sample(range(4), update or 4)]:
-        A = (0.5, 0, -0.5, -0.5)[j]
-        (-A * log_likelihood(tiny, outputs[j]) / length / (2 * (update or 4))).backward()
+    c = train.Train(method="grpo", batch=12, group=4, update=update)
+    numbers = train.grpo(c, Writer(tiny), lessons(), 3)
+    found, rng, n = grads(tiny), random.Random("update/0/3"), update or 4
+    advantages = [0.5, 0.5, -0.5, -0.5, 0, 0.75, -0.25, -1.25, *[0] * 4]
+    for j in [first + j for first in (0, 4, 8) for j in rng.sample(range(4), n)]:
+        gain = advantages[j] * log_likelihood(tiny, j)
+        (-gain / arithmetic.room(4) / (3 * n)).backward()
     close(found, grads(tiny))
-    assert numbers["reward"] == numbers["right"] == 0.5 and numbers["form"] == 1
+    assert numbers == pytest.approx({"reward": 1 / 12, "right": 4 / 12, "form": 7 / 12,
+                                     "signal": 2 / 3, "length": TOKENS / 12, "tokens": TOKENS})
 
-def test_dpo_starts_at_ln_2_and_prefers_right_outputs(tiny):
-    c, writer = train.Train(method="dpo", batch=8, group=4), Writer(tiny, OUTPUTS)
-    numbers = train.dpo(c, writer, ONE_QUESTION, 0, writer)
-    assert numbers["loss"] == pytest.approx(math.log(2)) and numbers["signal"] == 4
-    before = [log_likelihood(tiny, OUTPUTS[k]) for k in (0, 2)]
-    for p in tiny.parameters():
-        p.data -= 1e-3 * p.grad
-    better, worse = (log_likelihood(tiny, OUTPUTS[k]) for k in (0, 2))
-    assert better > before[0] and worse < before[1]
+def test_dpo_prefers_right_outputs_to_wrong_ones_by_its_formula(tiny):
+    """More than the model that it starts from does; pairs of clean outputs alone."""
+    c, ref, margins = train.Train(method="dpo", batch=12, group=4), copy.deepcopy(tiny), []
+    ref.blocks[0].down.weight.data += 0.2 * torch.randn_like(ref.blocks[0].down.weight)
+    numbers = train.dpo(c, Writer(tiny), lessons(), 0, Writer(ref))
+    found = grads(tiny)
+    for pair in ((0, 2), (1, 3), (5, 6)):
+        better, worse = (log_likelihood(tiny, j) - log_likelihood(ref, j).detach() for j in pair)
+        margins.append(0.1 * (better - worse))
+    loss = sum((1 + (-m).exp()).log() for m in margins) / 3
+    loss.backward()
+    close(found, grads(tiny))
+    preferred = sum(bool(m > 0) for m in margins) / 3
+    assert 0 < preferred < 1 and numbers == pytest.approx({
+        "loss": float(loss.detach()), "preferred": preferred, "signal": 3, "tokens": TOKENS})
 
 def test_pairs_are_a_right_output_and_a_wrong_one_of_the_same_question():
     """Each at most once, only clean ones, none of a group that is all right or all wrong."""
@@ -132,18 +127,17 @@ def test_pairs_are_a_right_output_and_a_wrong_one_of_the_same_question():
     assert train.pairs_of(rewards, clean) == [(0, 1), (2, 3), (10, 8)]
     clean[0, 0] = clean[2, 0] = False
     assert train.pairs_of(rewards, clean) == [(2, 1), (10, 9)]
-    assert not train.advantages(torch.ones(2, 3)).any()
 
 
 @pytest.mark.parametrize("method", ("grpo", "dpo"))
 @pytest.mark.parametrize("reward", (1.0, 0.0))
 def test_without_a_signal_no_step_is_taken(tmp_path, base, monkeypatch, method, reward):
     """After two steps with one, all outputs are equally good: momentum must not go on alone."""
-    saved, judged, real = [load(base / "ckpt.pt")["model"]["weights"]], [], run.save
+    saved, judged, real = [run.load(base / "ckpt.pt")["model"]["weights"]], [], run.save
 
     def judge(q, output):
         judged.append(output)
-        return odd(q, output) if len(judged) <= 16 else reward
+        return rated(q, output) if len(judged) <= 16 else reward
 
     def save(path, **state):
         saved.append({name: w.clone() for name, w in state["model"]["weights"].items()})
@@ -176,102 +170,47 @@ def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing(tmp_path, monkeyp
     monkeypatch.setattr(train, "move", lambda *args: [real(*args), os.kill(os.getpid(), 1)])
     a_run("sft", tmp_path)
     signal.signal(signal.SIGHUP, handler)
-    assert load(tmp_path / "ckpt.pt")["step"] == 24
+    assert run.load(tmp_path / "ckpt.pt")["step"] == 24
 
 def test_a_run_keeps_what_it_read_and_the_number_type_that_it_used(tmp_path, base, monkeypatch):
     """DPO's reference is the model that it started from, read once, also when it is resumed."""
     init, real, paths = str(base / "ckpt.pt"), train.load, []
     monkeypatch.setattr(train, "load", lambda path, *a: paths.append(str(path)) or real(path, *a))
     a_run("dpo", tmp_path / "dpo", f"--init={init}")
-    same(load(tmp_path / "dpo" / "ckpt.pt")["extra"], load(init)["model"]["weights"])
+    same(run.load(tmp_path / "dpo" / "ckpt.pt")["extra"], run.load(init)["model"]["weights"])
     assert paths == [init]
     c = run.prepare(train.Train(out=str(tmp_path / "new"), device="cpu"), {})
     expected = "bfloat16" if run.precision_of(train.Train(), torch.device("cpu")) else "float32"
     assert c.dtype == expected
 
-def sft_numbers(model, step):
-    rows = text.batch_at(step, 8, text.Mix(), 0)
-    losses = [x for row in rows for x in slow_nll(model, row)]
-    return {"loss": float(sum(losses).detach() / len(losses)),
-            "tokens": sum(len(row.ids) for row in rows)}
-
-def meta_numbers(model, inner, some):
-    """Weights written out; the norm is that of the whole meta-gradient."""
-    losses, answers, own = [], [], []
-    for q, steps, queries, whole in some:
-        own += slow_nll(model, text.row(q.text, steps, q.answer, whole=whole))
-        support = tasks.support([tasks.Task(q, steps, queries, whole)])
-        weights = meta.theta_prime(model, inner, support)
-        for asked in queries:
-            row = text.row(asked.text, [], asked.answer, brackets=True)
-            losses += slow_nll(model, row, weights)
-            answers.append(losses[-2])
-    L, L_q, joint = (sum(part) / len(part) for part in (losses, answers, own))
-    parameters = [*model.parameters(), *inner.parameters()]
-    grads = torch.autograd.grad(L + joint, parameters, materialize_grads=True)
-    return {"L_q": float(L_q.detach()), "joint": float(joint.detach()),
-            "norm": float(sum(g.square().sum() for g in grads)) ** 0.5,
-            "tokens": sum(len(q.text + "".join(steps)) for q, steps, *_ in some)}
-
-def rated(q, output):
-    """A reward that takes every value at an untrained model's outputs."""
-    return (1.0, 0.0, 1.0, -0.5, -1.0)[len(output) % 5]
-
-def rl_numbers(kind, model, ref, drawn):
-    """From the outputs that were drawn, two groups of four."""
-    prompts, rows, room = drawn
-    questions = [text.decode(ids)[len("<bos>"):-len("<think>")] for ids in prompts]
-    outputs = [text.decode(row) + "<eos>" * (len(row) < room) for row in rows]
-    R, clean = [rated(None, o) for o in outputs], [not arithmetic.leaks(o) for o in outputs]
-    groups, tokens = (range(4), range(4, 8)), sum(len(ids) for ids in ids_of(outputs))
-    if kind == "grpo":
-        moving = [any(clean[j] and R[j] != sum(R[k] for k in group) / 4 for j in group)
-                  for group in groups]
-        return {"reward": sum(R) / 8, "right": R.count(1) / 8, "form": sum(r >= 0 for r in R) / 8,
-                "signal": sum(moving) / 2, "length": tokens / 8, "tokens": tokens}
-    margins = []
-    for group in groups:
-        sides = [[j for j in group if clean[j] and (R[j] == 1) == right] for right in (True, False)]
-        for pair in zip(*sides):
-            better, worse = (log_likelihood(model, outputs[j], questions[j])
-                             - log_likelihood(ref, outputs[j], questions[j]) for j in pair)
-            margins.append(0.1 * float(better.detach() - worse.detach()))
-    return {"loss": sum(math.log(1 + math.exp(-m)) for m in margins) / len(margins),
-            "preferred": sum(m > 0 for m in margins) / len(margins), "signal": len(margins),
-            "tokens": tokens}
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_and_resumed_equals_straight(tmp_path, base, monkeypatch, capsys, kind):
-    """Weights, optimisers, rates and log, bit for bit; and every number that it logs next is what
-    a slow path finds for the weights and the batch that it goes on with."""
-    drawn, generate = [], Model.generate
-
-    def watched(model, prompts, stop, room, *args, **options):
-        drawn.append((prompts, generate(model, prompts, stop, room, *args, **options), room))
-        return drawn[-1][1]
+def test_interrupted_and_resumed_equals_straight(tmp_path, base, straight, monkeypatch, capsys,
+                                                 kind):
+    """Weights, optimisers, rates and log, bit for bit; and every number that it logs next is that
+    of the weights and the batch that it goes on with."""
     monkeypatch.setattr(arithmetic, "reward", rated)
-    init = [] if kind == "sft" else [f"--init={base / 'ckpt.pt'}"]
-    out, straight = tmp_path / "broken", base
-    if kind != "sft":
-        straight = tmp_path / "straight"
-        a_run(kind, straight, *init)
-    stopped_within_step(5, kind, out, init)
+    (words, whole, _), out = straight[kind], tmp_path / "broken"
+    stopped_within_step(5, kind, out, words[len(KINDS[kind]):])
     assert "--resume" in capsys.readouterr().err and not (out / "summary.json").exists()
-    step = load(out / "ckpt.pt")["step"]
-    assert step == len(read_log(out)) < load(straight / "ckpt.pt")["step"]
+    step = run.load(out / "ckpt.pt")["step"]
+    assert step == len(run.read_log(out)) < run.load(whole / "ckpt.pt")["step"]
     (model, _), (ref, _) = (train.load_model(path / "ckpt.pt") for path in (out, base))
-    _, inner, c = meta.load_meta(out / "ckpt.pt") if kind == "meta" else (None, None, None)
-    with monkeypatch.context() as patch:
-        patch.setattr(Model, "generate", watched)
-        a_run(kind, out, "--resume")
-    same(product(out), product(straight))
-    if kind == "sft":
-        numbers = sft_numbers(model, step)
-    elif kind == "meta":
-        numbers = meta_numbers(model, inner, tasks.tasks_at(step, c))
+    if kind == "meta":
+        _, inner, c = meta.load_meta(out / "ckpt.pt")
+        some = tasks.tasks_at(step, c)
+        loss, numbers = meta.meta_loss(model, inner, some)
+        loss.backward()
+        squares = [p.grad.square().sum() for p in (*model.parameters(), *inner.parameters())]
+        numbers |= {"norm": float(sum(squares)) ** 0.5,
+                    "tokens": sum(len(q.text + "".join(steps)) for q, steps, *_ in some)}
     else:
-        numbers = rl_numbers(kind, model, ref, drawn[0])
-    logged = read_log(out)[step]
+        c, _ = flags(train.Train, words)
+        mix = train.mix_of(c)
+        given = train.pieces(c, mix, 8, step) if kind == "sft" else mix
+        numbers = train.METHODS[kind](c, model, given, step, ref)
+    a_run(kind, out, "--resume")
+    same(product(out), product(whole))
+    logged = run.read_log(out)[step]
     assert logged == pytest.approx(numbers | {k: logged[k] for k in ("step", "seconds")}, rel=1e-4)
 
 SCRIPT = """import hashlib, meta, train
@@ -280,7 +219,7 @@ train.main()
 print(hashlib.sha256(repr(tasks.tasks_at(0, meta.Meta())).encode()).hexdigest())"""
 
 def test_a_run_does_not_depend_on_the_process_nor_on_its_hash_seed(tmp_path, base):
-    env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(train.__file__).parent)}
+    env = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(run.ROOT)}
     words = [sys.executable, "-c", SCRIPT, f"--out={tmp_path}", *KINDS["sft"]]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     some = repr(tasks.tasks_at(0, meta.Meta())).encode()
@@ -290,7 +229,7 @@ def test_a_run_does_not_depend_on_the_process_nor_on_its_hash_seed(tmp_path, bas
 def test_a_run_leaves_what_a_program_can_compare(base):
     files = {path.stem: path for path in base.iterdir()}
     summary, config = (json.loads(files[name].read_text()) for name in ("summary", "config"))
-    (model, state), log = train.load_model(files["ckpt"]), read_log(base)
+    (model, state), log = train.load_model(files["ckpt"]), run.read_log(base)
     assert summary["config"] == config == state["config"] and config["width"] == 16
     assert [line["step"] for line in log] == list(range(24)) and len(files) == 4
     assert (summary["steps"], summary["seconds"]) == (24, round(log[-1]["seconds"], 1))
@@ -329,8 +268,9 @@ def test_a_number_that_is_not_finite_ends_a_run_and_keeps_the_last_checkpoint(
     with pytest.raises(SystemExit) as e:
         a_run("sft", tmp_path / "run", "--overwrite")
     assert e.value.code == 1 and "step 5: a number is not finite" in capsys.readouterr().err
-    assert load(tmp_path / "run" / "ckpt.pt")["step"] == 4 <= len(read_log(tmp_path / "run"))
-    assert not (tmp_path / "run" / "summary.json").exists()
+    out = tmp_path / "run"
+    assert run.load(out / "ckpt.pt")["step"] == 4 <= len(run.read_log(out))
+    assert not (out / "summary.json").exists()
 
 def test_asking_prints_the_checked_trajectory_and_both_answers(base, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", f"--out={base}", "--ask=3+5*2", "--device=cpu"])
