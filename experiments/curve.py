@@ -16,10 +16,12 @@ the law: after some states L_hat is the loss of the question that is left, asked
 the jump's place: the largest step of a question stands where the law puts it in at least 80 %.
 states replace one another: with two operands left, the last state alone (all earlier ones left out)
     gives the right answer at least 0.9 times as often as the whole trajectory does.
+own outputs: along what the model itself writes, sampled at temperature 1, L_hat falls where the
+    output ends right, and rises where it ends wrong.
 
 Supported where all 95 % intervals over questions lie above 0, refuted where one lies below, else
-inconclusive. Shown without a verdict: the model's own right and wrong outputs, sampled at
-temperature 1; the last state swapped for another question's; a detour back to a longer state.
+inconclusive. Shown without a verdict: the last state swapped for another question's; a detour back
+to a longer state.
 """
 import random
 from itertools import accumulate
@@ -34,7 +36,7 @@ from experiments import cell_of, others_of
 from experiments.figure import COLOURS, band, chance_line, panels
 from lab.flags import fail
 from lab.score import held_out, respond
-from lab.verdict import FEWEST, decide, decide_all, interval
+from lab.verdict import decide, decide_all, interval
 
 CLAIM = "C1, C2: the answer's loss falls along a correct trajectory only, and step by step"
 LEFT = (5, 4, 3)                    # operands left, where the law is tested
@@ -153,7 +155,9 @@ def judge(raw):
         "the mean slides": sliding(correct),
         "states replace one another": {
             "last state alone - 0.9 of all": raw.says["last state alone: the answer"]
-            - 0.9 * raw.says["all states: the answer"]}}
+            - 0.9 * raw.says["all states: the answer"]},
+        "own outputs": {                            # a good model may write too few wrong ones
+            "right ones: falls": raw.sampled["right"], "wrong ones: rises": -raw.sampled["wrong"]}}
     verdicts, gaps = decide_all(margins)
     steps = {"2/3 - largest step": 2 / 3 - largest, "effective steps - 2": effective - 2}
     verdicts["progressive"], gaps["progressive"] = decide(steps, np.median)
@@ -162,10 +166,6 @@ def judge(raw):
     numbers["largest step where predicted"] = interval(hit)
     verdicts["the jump's place"], gaps["the jump's place"] = decide(
         {"largest step where predicted - 0.8": hit - 0.8})
-    if min(map(len, raw.sampled.values())) >= FEWEST:   # a good model is seldom wrong
-        right, wrong = raw.sampled["right"], raw.sampled["wrong"]
-        gaps["own outputs"] = {"falls along right ones": interval(right),
-                               "falls along wrong ones": interval(wrong)}
     return verdicts, numbers | {
         "gaps": gaps, "title": raw.title, "questions": len(correct),
         "means": {kind: [interval(column) for column in y.T] for kind, y in raw.states.items()},
@@ -175,7 +175,7 @@ def judge(raw):
         "effective steps": interval(effective, np.median),
         "says": {name: interval(truths) for name, truths in raw.says.items()},
         "rise on a detour": interval(raw.detour),
-        "own outputs, wrong": len(raw.sampled["wrong"]), "example": raw.example,
+        "example": raw.example,
         "scatter": {n: np.round(pair, 2).tolist() for n, pair in raw.law.items()}}
 
 def shape(states):

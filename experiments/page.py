@@ -2,16 +2,24 @@
 picture, criterion and the intervals that decided. All other numbers stay in the JSON.
 
     python -m experiments.page assets       # writes assets/README.md
+
+What somebody made of the results stands in words.md, if the folder has one: a table of claims, then
+a section per experiment. `{curve: the law}` in it becomes that verdict, `{curve: direction, falls}`
+that number.
 """
 import json
+import re
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from experiments import experiment_of, known, spoken
 from lab.flags import fail
 from lab.run import write
 
+SAID = {"supported": "holds", "refuted": "does not hold", "inconclusive": "undecided",
+        "not testable here": "cannot be tested here"}
 PARTS = ("experiment", "claim", "verdicts", "criterion", "numbers", "gaps", "checkpoints",
          "command", "config", "revision", "seconds")
 
@@ -41,23 +49,36 @@ def results(folder) -> dict:
 
 def page(folder, pictures: str = "") -> str:
     """The page as text; pictures: where they lie, seen from it."""
-    found = results(folder)
+    found, words = results(folder), Path(folder) / "words.md"
     rows = ["| figure | claim | verdict |", "|---|---|---|"]
     for name, result in found.items():
         verdicts = "<br>".join(spoken(result["verdicts"]))
         rows.append(f"| [{name}](#{name}) | {result['claim']} | {verdicts} |")
+    text = filled(words.read_text(encoding="utf-8"), found) if words.exists() else "\n".join(rows)
+    table, *more = re.split(r"^## (.+)\n", text, flags=re.M)
+    written = dict(zip(more[::2], map(str.strip, more[1::2])))
     parts = ["# Results", textwrap.fill(
         "Written by `python -m experiments.page assets` from the JSON beside each figure. "
         "Intervals are of 95 %: Wilson's for shares, a bootstrap over questions, and Student's "
         "over seeds. Before one refutes, it is widened for the number of margins "
         "(Bonferroni).", 100),
-        "\n".join(rows), *(section(*row, pictures) for row in found.items())]
-    note = Path(folder) / "tried.md"
-    if note.exists():
-        parts += ["## tried", note.read_text(encoding="utf-8").strip()]
+        table.strip(), *(section(*row, pictures, written.pop(row[0], "")) for row in found.items()),
+        *(f"## {name}\n\n{rest}" for name, rest in written.items())]
     return "\n\n".join(parts) + "\n"
 
-def section(name: str, result: dict, pictures: str) -> str:
+def filled(text: str, found: dict) -> str:
+    """Puts verdicts and numbers where a text wants them."""
+    def value(match):
+        result, what = found[match[1]], match[2]
+        if what in result["verdicts"][0]:
+            counts = Counter(SAID[row[what]] for row in result["verdicts"]).most_common()
+            n = len(result["verdicts"])
+            return ", ".join(word if times == n else f"{word} ({times} of {n} models)"
+                             for word, times in counts)
+        return "{:.3g} [{:.3g}, {:.3g}]".format(*result["gaps"][0][what])
+    return re.sub(r"\{(\w+): ([^}]+)\}", value, text)
+
+def section(name: str, result: dict, pictures: str, words: str) -> str:
     first, *others = result["gaps"]
     head = ["margin, above 0 where the claim holds", "95 % interval", "other models"]
     rows = []
@@ -68,10 +89,11 @@ def section(name: str, result: dict, pictures: str) -> str:
     columns = 3 if others else 2
     table = "\n".join(f"| {' | '.join(row[:columns])} |" for row in [head, ["---"] * 3, *rows])
     verdicts = "\n".join(f"- **{line}**" for line in spoken(result["verdicts"]))
+    words = words or f"{result['claim']}.\n\n{verdicts}"
     show = getattr(experiment_of(result["experiment"]), "show", lambda numbers: [])
     shown = "\n".join(f"    {line}" for line in show(result["numbers"]))
-    parts = [f"## {name}", f"{result['claim']}.", verdicts, f"![{name}]({pictures}{name}.png)",
-             shown, result["criterion"], table if rows else "", origin(name, result)]
+    parts = [f"## {name}", words, f"![{name}]({pictures}{name}.png)", shown,
+             result["criterion"], table if rows else "", origin(name, result)]
     return "\n\n".join(part for part in parts if part)
 
 def origin(name: str, result: dict) -> str:
