@@ -34,6 +34,7 @@ def measure(c, runs):
     losses = model.score(model(**row.inputs(), hook=hook), inner.asked(row), inner.tau)
     X, Y = tape[name]
     d, = torch.autograd.grad(losses.sum(), Y)
+    losses = losses[0].tolist()
     X, step = X[0].detach(), -inner.rate(name, 0).detach() * d[0]       # (P, in), (P, out)
     W, dW = model.get_parameter(meta.linear_layers(model)[name]).detach(), step.T @ X
     far = (step.norm(dim=1) * X.norm(dim=1)).tolist()                   # |step x^T| = |step| |x|
@@ -42,8 +43,9 @@ def measure(c, runs):
              f"{inner.tau:g}: what to write after it, the loss, how far it moves {name} (|dW|)"]
     for i in (row.inner[0] >= 0).nonzero()[:, 0].tolist():
         writes = text.decode([row.inner[0, i]])
-        lines.append(f"   {reads[i]:8} {writes:9} {losses[0, i]:5.2f}   {far[i]:.3f}")
-    lines.append(f"   all together {dW.norm():.3f}, where the weights are {W.norm():.3f}")
+        lines.append(f"   {reads[i]:8} {writes:9} {losses[i]:5.2f}   {far[i]:.3f}")
+    lines.append(f"   all together {float(dW.norm()):.3f}, where the weights are "
+                 f"{float(W.norm()):.3f}")
 
     def moved(name_now, x, y):
         tape[name_now] = x
