@@ -95,9 +95,9 @@ def draw(numbers):
     for (name, y), colour in zip(numbers["curves"].items(), SHADES):
         seconds = numbers["arms"][name]["seconds"]
         x = (np.arange(len(y[0])) + 1) / len(y[0]) * seconds
-        for i, seed in enumerate(y):
-            curves.plot(x, seed, color=colour, lw=0.9, label=None if i else name)
-    curves.set(title="Meta-training: every seed of every arm", ylim=(0, None),
+        curves.plot(x, np.mean(y, 0), color=colour, lw=1.8, label=name)
+        curves.plot(x, np.transpose(y), color=colour, lw=0.5, alpha=0.5)
+    curves.set(title="Meta-training: mean of each arm, thin its seeds", ylim=(0, None),
                xlabel="seconds of one thread", ylabel="$L_q$, loss of the queries' answers (nats)")
     curves.legend(fontsize=7)
     bars(right, {name: arm["scores"]["sibling"] for name, arm in numbers["arms"].items()},
