@@ -139,7 +139,7 @@ META = "--steps=700 | meta.py --steps"
 ORDER = {
     "MAML": f"{META}=2400",
     "FOMAML": f"{META}=2800 --algo=fomaml",
-    "ANIL": f"{META}=2800 --fast=3.up,3.down",
+    "ANIL": f"{META}=2600 --fast=3.up,3.down",
     "no inner loop": f"{META}=3200 --algo=none"}
 
 PART = {
@@ -216,9 +216,11 @@ Fig. 9, mG-Pass@8: the same for samples in place of greedy answers.""",
     "order": Comparison("""
 Does the order of the outer gradient matter? (Eq. 8, which the paper does not run)
 
-MAML, FOMAML, ANIL and no inner loop from the same SFT. Rates are meta.py's, chosen for MAML. Asked
-are a sibling of the trajectory's question and an operation beyond it, of theta'; of theta, trained
-as long to answer the same questions, where there is no inner loop.
+MAML, FOMAML (constant inner gradients), ANIL (the last layers move) and no inner loop from the same
+SFT, for equal time. (Reptile, 1803.02999, is the latter: with one inner step it goes down the loss
+of the tasks at theta.) Rates are meta.py's, chosen for MAML; for FOMAML and ANIL inner rates of 1
+and 10 were tried, with one seed, and are as good or worse. Asked are a sibling of the trajectory's
+question and an operation beyond it: of theta', or of theta where there is no inner loop.
 
 an inner loop: MAML beats none.
 the second order: MAML beats FOMAML.
