@@ -101,7 +101,7 @@ def draw(numbers):
                xlabel="seconds of one thread", ylabel="$L_q$, loss of the queries' answers (nats)")
     curves.legend(fontsize=7)
     bars(right, {name: arm["scores"]["sibling"] for name, arm in numbers["arms"].items()},
-         xlim=(0, 1), xlabel="right, another operation on both results",
+         xlim=(0, 1), xlabel="right: another last operation",
          title="Six operands (dotted: commonest digit)")
     right.axvline(numbers["commonest"], color="#999999", lw=0.8, ls=":")
     return fig

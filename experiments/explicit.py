@@ -37,8 +37,8 @@ from meta import outcomes
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
 CARRIED = ("sibling", "swapped", "left", "right", "beyond", "cut")
 TOGETHER = ("sibling", "swapped", "left", "right")      # what one theta' is asked
-LABELS = {"sibling": "another operation on both results", "swapped": "results swapped",
-          "left": "left result", "right": "right result", "beyond": "an operation beyond",
+LABELS = {"sibling": "another last operation", "swapped": "its two sides swapped",
+          "left": "its left side", "right": "its right side", "beyond": "a question that goes on",
           "cut": "itself, last state missing", "whole": "itself", "fact": "a fact, such as 3+4",
           "unrelated": "an unrelated question", "other": "itself, after another's"}
 WHERE = {"theta": ("theta", r"$\theta$"), "theta_prime": ("weights", r"$\theta'$"),

@@ -125,7 +125,7 @@ def draw(numbers):
     along.legend(fontsize=7)
     bars(right, {part: {"mean": row} for part, row in numbers["carriers"].items()},
          title="After a step on these tokens alone", xlim=(0, 1),
-         xlabel="right, another operation on both results")
+         xlabel="right: another last operation")
     parts = numbers["shares"]
     tokens.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
     tokens.set_yticks(range(len(parts)), parts)
