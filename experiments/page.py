@@ -75,7 +75,8 @@ def filled(text: str, found: dict) -> str:
             n = len(result["verdicts"])
             return ", ".join(word if times == n else f"{word} ({times} of {n} models)"
                              for word, times in counts)
-        return "{:.3g} [{:.3g}, {:.3g}]".format(*result["gaps"][0][what])
+        numbers = result["numbers"] | result["numbers"].get("says", {}) | result["gaps"][0]
+        return "{:.3g} [{:.3g}, {:.3g}]".format(*numbers[what])
     return re.sub(r"\{(\w+): ([^}]+)\}", value, text)
 
 def section(name: str, result: dict, pictures: str, words: str) -> str:
