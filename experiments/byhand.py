@@ -71,7 +71,7 @@ def judge(numbers):
     return {"equal to rounding": "supported" if numbers["off"] < 1e-5 else "refuted"}, numbers
 
 def draw(numbers):
-    fig, ((ax,),) = panels(1, 1, width=7, heights=[2.4])
+    fig, ax = panels(1, 7, 2.4)
     ax.bar(range(len(numbers["far"])), numbers["far"], color=COLOURS["weights"])
     ax.set_xticks(range(len(numbers["reads"])), numbers["reads"], fontsize=6, rotation=90)
     ax.set(title=f"How far every token moves {numbers['layer']}: {numbers['question']}",

@@ -42,6 +42,6 @@ def show(numbers) -> list:
     return [f"{part}: in {row['mean'][0]:.1%}" for part, row in numbers["rates"].items()]
 
 def draw(numbers):
-    fig, ((ax,),) = panels(1, 1, width=6)
+    fig, ax = panels(1, 6)
     bars(ax, numbers["rates"], xlim=(0.6, 1), xlabel="share of a thousand draws")
     return fig

@@ -33,10 +33,10 @@ import torch
 from analyze import at_states, curves_of, direct_logp, nll_of
 from data import arithmetic, text
 from experiments import cell_of, others_of
-from experiments.figure import COLOURS, band, chance_line, panels
+from experiments.figure import COLOURS, band, losses, panels
 from lab.flags import fail
 from lab.score import held_out, respond
-from lab.verdict import decide, decide_all, interval
+from lab.verdict import decide_all, interval
 
 CLAIM = "C1, C2: the answer's loss falls along a correct trajectory only, and step by step"
 LEFT = (5, 4, 3)                    # operands left, where the law is tested
@@ -58,8 +58,6 @@ class Raw(NamedTuple):
     example: dict                           # one question, token by token
 
 
-# --------------------------------------------------------------------------------------- measure
-
 def measure(c, runs):
     model, rng = runs.sft(), random.Random(c.seed)
     questions, title = cell_of(c)
@@ -70,20 +68,25 @@ def measure(c, runs):
     trajectories = {"correct": steps, "wrong": [t for t, _ in wrong],
                     "other": others_of(questions, steps, rng),
                     "filler": [["." * len(s) for s in t] for t in steps]}
-    states, tokens = {}, {}
-    for kind, ts in trajectories.items():
-        thinks = [";".join(t) for t in ts]
-        tokens[kind] = curves_of(model, questions, thinks)
-        states[kind] = np.stack([at_states(y, t) for y, t in zip(tokens[kind], thinks)])
-    predicted = [states["correct"][:, 0]]
-    for i in range(states["correct"].shape[1] - 2):
-        predicted.append(alone(model, questions, [t[i] for t in steps]))
-    example = {"text": f"{questions[0].text} = {questions[0].answer}",
-               "tokens": ";".join(steps[0]), "L_hat": tokens["correct"][0].round(4).tolist()}
+    states = {kind: in_context(model, questions, ts) for kind, ts in trajectories.items()}
+    think = ";".join(steps[0])
+    example = {"text": f"{questions[0].text} = {questions[0].answer}", "tokens": think,
+               "L_hat": curves_of(model, questions[:1], [think])[0].round(4).tolist()}
     many = held_out(questions[0].domain, questions[0].operands, 3 * c.questions)
     law = {n: law_at(model, many, n, rng) for n in LEFT}
-    return Raw(title, states, own_outputs(c, model, questions), np.stack(predicted, 1), law,
-               *interventions(model, questions, steps, rng), example)
+    return Raw(title, states, own_outputs(c, model, questions), foretold(model, questions, steps),
+               law, *interventions(model, questions, steps, rng), example)
+
+def in_context(model, questions, trajectories):
+    """L_hat after 0, 1, ... whole states of trajectories -> (N, states)."""
+    thinks = [";".join(t) for t in trajectories]
+    curves = curves_of(model, questions, thinks)
+    return np.stack([at_states(y, t) for y, t in zip(curves, thinks)])
+
+def foretold(model, questions, steps):
+    """L_q of what is left after 0, 1, ... states, but for the answer, asked alone."""
+    lefts = [[q.text for q in questions], *list(zip(*steps))[:-1]]
+    return np.stack([alone(model, questions, left) for left in lefts], 1)
 
 def alone(model, questions, left):
     """L_q of what is left of questions, asked without any trajectory."""
@@ -91,8 +94,7 @@ def alone(model, questions, left):
     return nll_of(direct_logp(model, asked), asked)
 
 def law_at(model, questions, n, rng):
-    """-> (L_hat where n operands are left, L_q of what is left), of questions and states that are
-    both held out."""
+    """-> (L_hat where n operands are left, L_q of what is left), where both are held out."""
     asked, steps = [], []
     for q in questions:
         for _ in range(40):
@@ -106,17 +108,15 @@ def law_at(model, questions, n, rng):
     return L_hat, alone(model, asked, [t[-1] for t in steps])
 
 def own_outputs(c, model, questions):
-    """Falls of L_hat along trajectories that the model wrote itself, by whether it then was
-    right."""
+    """Falls of L_hat along what the model wrote itself, by whether it then was right."""
     generator = torch.Generator(model.device).manual_seed(c.seed)
     asked = questions[:len(questions) // 2] * 4
     outputs = respond(model, asked, temperature=1.0, generator=generator)
-    falls = {"right": [], "wrong": []}
     known = [(q, t, a) for q, (t, a) in zip(asked, outputs) if t and text.plain(t)]
     curves = curves_of(model, [q for q, _, _ in known], [t for _, t, _ in known])
-    for (q, _, a), y in zip(known, curves):
-        falls["right" if arithmetic.verify(q, a) else "wrong"].append(y[0] - y[-1])
-    return {kind: np.array(v) for kind, v in falls.items()}
+    falls = np.array([y[0] - y[-1] for y in curves])
+    right = np.array([arithmetic.verify(q, a) for q, _, a in known], bool)
+    return {"right": falls[right], "wrong": falls[~right]}
 
 def interventions(model, questions, steps, rng):
     """With two operands left -> ({intervention: does the model then say so? a truth per question},
@@ -126,46 +126,44 @@ def interventions(model, questions, steps, rng):
     swapped = [[*t[:-1], theirs[-1]] for t, (_, theirs) in zip(shown, other)]
     answers = [q.answer for q in questions]
 
-    def says(trajectories, wanted):
-        logp = direct_logp(model, questions, thinks=[";".join(t) for t in trajectories])
-        said = logp.argmax(-1).tolist()
-        return np.array([str(digit) == answer for digit, answer in zip(said, wanted)])
+    def logp(trajectories):
+        return direct_logp(model, questions, thinks=[";".join(t) for t in trajectories])
 
+    def says(trajectories, wanted):
+        said = logp(trajectories).argmax(-1).tolist()
+        return np.array([str(digit) == answer for digit, answer in zip(said, wanted)])
     detours = [[*t, t[0]] for t in shown]
-    before, after = (
-        nll_of(direct_logp(model, questions, thinks=list(map(";".join, ts))), questions)
-        for ts in (shown, detours))
+    rise = nll_of(logp(detours), questions) - nll_of(logp(shown), questions)
     return {"all states: the answer": says(shown, answers),
             "last state alone: the answer": says([t[-1:] for t in shown], answers),
             "last state swapped: the other's answer": says(swapped, [o.answer for o, _ in other]),
-            "last state swapped: its own answer": says(swapped, answers)}, after - before
+            "last state swapped: its own answer": says(swapped, answers)}, rise
 
-
-# ----------------------------------------------------------------------------------------- judge
 
 def judge(raw):
     correct = raw.states["correct"]
     fall = {kind: y[:, 0] - y[:, -1] for kind, y in raw.states.items()}
     shaped = fall["correct"] > LEAST
-    largest, effective = shape(correct[shaped])
-    margins = {
+    d = -np.diff(correct[shaped], axis=1)           # falls from state to state
+    largest, effective = d.max(1) / d.sum(1), d.sum(1)**2 / (d**2).sum(1)
+    law, numbers = judge_law(raw)
+    hit, numbers["always the commonest place"] = jumps(raw)
+    numbers["largest step where predicted"] = interval(hit)
+    last, whole = (raw.says[f"{seen}: the answer"] for seen in ("last state alone", "all states"))
+    verdicts, gaps = decide_all({
         "direction": {"falls": fall["correct"]} | {
             f"further than along {KINDS[kind]}": fall["correct"] - fall[kind]
             for kind in ("wrong", "other", "filler")},
-        "the mean slides": sliding(correct),
-        "states replace one another": {
-            "last state alone - 0.9 of all": raw.says["last state alone: the answer"]
-            - 0.9 * raw.says["all states: the answer"]},
+        "the mean slides": {
+            f"state {i + 1}": correct[:, i] - correct[:, i + 1]
+            for i, mean in enumerate(correct.mean(0)[:-1]) if mean > 0.1},
+        "states replace one another": {"last state alone - 0.9 of all": last - 0.9 * whole},
         "own outputs": {                            # a good model may write too few wrong ones
-            "right ones: falls": raw.sampled["right"], "wrong ones: rises": -raw.sampled["wrong"]}}
-    verdicts, gaps = decide_all(margins)
-    steps = {"2/3 - largest step": 2 / 3 - largest, "effective steps - 2": effective - 2}
-    verdicts["progressive"], gaps["progressive"] = decide(steps, np.median)
-    verdicts["the law"], gaps["the law"], numbers = judge_law(raw)
-    hit, numbers["always the commonest place"] = jumps(raw)
-    numbers["largest step where predicted"] = interval(hit)
-    verdicts["the jump's place"], gaps["the jump's place"] = decide(
-        {"largest step where predicted - 0.8": hit - 0.8})
+            "right ones: falls": raw.sampled["right"], "wrong ones: rises": -raw.sampled["wrong"]},
+        "progressive": {"2/3 - largest step": (2 / 3 - largest, np.median),
+                        "effective steps - 2": (effective - 2, np.median)},
+        "the law": law,
+        "the jump's place": {"largest step where predicted - 0.8": hit - 0.8}})
     return verdicts, numbers | {
         "gaps": gaps, "title": raw.title, "questions": len(correct),
         "means": {kind: [interval(column) for column in y.T] for kind, y in raw.states.items()},
@@ -178,19 +176,6 @@ def judge(raw):
         "example": raw.example,
         "scatter": {n: np.round(pair, 2).tolist() for n, pair in raw.law.items()}}
 
-def shape(states):
-    """Loss at states (N, S) -> (share of the fall that the largest step makes, effective steps),
-    one per question."""
-    d = -np.diff(states, axis=1)
-    whole = d.sum(1)
-    return d.max(1) / whole, whole**2 / (d**2).sum(1)
-
-def sliding(states):
-    """Falls of the loss from state to state, as long as the mean before is above 0.1 nats."""
-    means = states.mean(0)
-    return {f"state {i + 1}": states[:, i] - states[:, i + 1]
-            for i in range(len(means) - 1) if means[i] > 0.1}
-
 def rank_correlation(pairs, axis):
     """Spearman's, over pairs (..., N, 2). Ties, which a bootstrap draws, keep their order."""
     r = pairs.argsort(axis).argsort(axis).astype(float)
@@ -198,6 +183,7 @@ def rank_correlation(pairs, axis):
     return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))
 
 def judge_law(raw):
+    """-> (margins, numbers)."""
     margins = {}
     found = {"rank correlation": {}, "distance": {}, "distance, partners swapped": {}}
     for n, (h, d) in raw.law.items():
@@ -208,7 +194,7 @@ def judge_law(raw):
         found["rank correlation"][n] = round(float(rank_correlation(pairs, 0)), 3)
         found["distance"][n] = interval(np.abs(h - d))
         found["distance, partners swapped"][n] = interval(swapped)
-    return *decide(margins), found
+    return margins, found
 
 def jumps(raw):
     """-> (does the largest step stand where the law puts it? a truth per question that falls; what
@@ -220,26 +206,22 @@ def jumps(raw):
     return at == foretold[falls].argmax(1), round(float(commonest), 3)
 
 
-# ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    fig, ((front, kinds), (law, single)) = panels(2, 2, width=4.6, heights=[3.1, 3.1])
-    x = np.arange(len(numbers["means"]["correct"]))
-    for y in numbers["singles"]:
-        front.plot(x, y, color="#bbbbbb", lw=0.8)
-    front.plot([], [], color="#bbbbbb", lw=0.8, label=f"{SHOWN} single questions")
-    band(front, x, numbers["means"]["correct"], COLOURS["correct"], "mean of all")
+    fig, front, kinds, law, single = panels(2, 4.6, 3.1, rows=2)
+    means, grey = numbers["means"], "#bbbbbb"
+    x = np.arange(len(means["correct"]))
+    thin = front.plot(x, np.transpose(numbers["singles"]), color=grey, lw=0.8)
+    thin[0].set_label(f"{SHOWN} single questions")
+    band(front, x, means["correct"], COLOURS["correct"], "mean of all")
     predicted = [mean for mean, _, _ in numbers["predicted"]]
     front.plot(x[:-1], predicted, "k--", lw=1.2, label="predicted: what is left, asked alone")
-    front.set(title="Each question jumps, the average slides")
-    colours = {"correct": "correct", "wrong": "wrong", "other": "other", "filler": "filler"}
-    for kind, colour in colours.items():
-        band(kinds, x, numbers["means"][kind], COLOURS[colour], KINDS[kind])
-    kinds.set(title="Only the right trajectory helps")
-    for ax in (front, kinds):
-        chance_line(ax)
-        ax.set(xlabel="states read", ylabel=r"$\hat{L}$, loss of the answer (nats)", ylim=(0, None))
-        ax.legend(fontsize=7)
+    for kind, label in KINDS.items():
+        band(kinds, x, means[kind], COLOURS[kind], label)
+    for ax, title in ((front, "Each question jumps, the average slides"),
+                      (kinds, "Only the right trajectory helps")):
+        losses(ax, title=title, xlabel="states read",
+               ylabel=r"$\hat{L}$, loss of the answer (nats)")
     for (n, (h, d)), colour in zip(numbers["scatter"].items(), ("theta", "other", "correct")):
         rho = numbers["rank correlation"][n]
         law.plot(d, h, ".", color=COLOURS[colour], ms=3,
@@ -248,23 +230,18 @@ def draw(numbers):
     law.plot([0, top], [0, top], color="#cccccc", lw=0.8, zorder=0)
     law.set(xlabel="what is left, asked alone (nats)", ylabel=r"$\hat{L}$ (nats)",
             title="The loss is that of the question that is left")
-    law.legend(fontsize=7)
-    draw_single(single, numbers["example"])
-    return fig
+    law.legend()
 
-def draw_single(ax, example):
-    """One question token by token; dots where a state is whole, the only places where training
-    asked; and the moving average under which the paper's Figures 2 and 3 show theirs."""
-    y, tokens = np.array(example["L_hat"]), example["tokens"]
-    ends = [0, *(i for i, token in enumerate(tokens) if token == ";"), len(tokens)]
-    ax.plot(y, color="#bbbbbb", lw=0.8, label="after every token")
-    ax.plot(ends, y[ends], "o-", color=COLOURS["correct"], ms=4, label="after whole states")
-    averaged = [*accumulate(y, lambda mean, loss: 0.99 * mean + 0.01 * loss)]
-    ax.plot(averaged, "--", color=COLOURS["wrong"], lw=1.2, label="moving average of 0.99")
-    chance_line(ax)
-    ax.set_xticks(range(len(tokens) + 1), ["·", *tokens], fontsize=5, family="monospace")
-    ax.set(ylabel=r"$\hat{L}$ (nats)", title=f"One question: {example['text']}", ylim=(0, None))
-    ax.legend(fontsize=7)
+    # Token by token. Training asked where a state is whole, and there alone.
+    y, tokens = np.array(numbers["example"]["L_hat"]), numbers["example"]["tokens"]
+    single.plot(y, color=grey, lw=0.8, label="after every token")
+    ends = at_states(np.arange(len(y)), tokens)
+    single.plot(ends, y[ends], "o-", color=COLOURS["correct"], ms=4, label="after whole states")
+    averaged = [*accumulate(y, lambda mean, loss: 0.99 * mean + 0.01 * loss)]   # as in Figs. 2, 3
+    single.plot(averaged, "--", color=COLOURS["wrong"], lw=1.2, label="moving average of 0.99")
+    single.set_xticks(range(len(y)), ["·", *tokens], fontsize=5, family="monospace")
+    losses(single, ylabel=r"$\hat{L}$ (nats)", title=f"One question: {numbers['example']['text']}")
+    return fig
 
 def show(numbers):
     says = [f"{name} in {100 * share:.0f} %" for name, (share, _, _) in numbers["says"].items()]

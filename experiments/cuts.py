@@ -18,10 +18,10 @@ import random
 
 import numpy as np
 
-from analyze import at_states, curves_of
 from data import arithmetic
 from experiments.arms import share, train_arms
-from experiments.figure import chance_line, panels
+from experiments.curve import in_context
+from experiments.figure import BESIDE, losses, panels
 from lab.run import checksum, device_of
 from lab.score import right
 from lab.verdict import decide, interval
@@ -39,7 +39,6 @@ ARMS = {
     "half the steps": "--steps=250",
     "twice the steps": "--steps=1000"}
 LEAST = 0.5                         # nats
-SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 
 
 def measure(c, runs):
@@ -50,10 +49,9 @@ def measure(c, runs):
         ops = "+-" if "--ops=+-" in ARMS[name] else "+-*"
         style = "steps" if "--style=steps" in ARMS[name] else "states"
         questions = [arithmetic.draw(rng, "expr", 6, "test", ops) for _ in range(c.questions)]
-        thinks = [arithmetic.trajectory(q, rng, style) for q in questions]
+        steps = [arithmetic.steps(q, rng, style)[0] for q in questions]
         models = [load_model(chain[-1].folder / "ckpt.pt", device_of(c))[0] for chain in seeds]
-        states = [[at_states(y, t) for y, t in zip(curves_of(model, questions, thinks), thinks)]
-                  for model in models]
+        states = [in_context(model, questions, steps) for model in models]
         truths = [right(model, questions) for model in models]
         raw[name] = np.array(states), np.array(truths, float), list(map(checksum, models))
     return raw
@@ -75,13 +73,11 @@ def judge(raw):
     return verdicts, {"gaps": gaps, "arms": arms}
 
 def draw(numbers):
-    fig, ((ax,),) = panels(1, 1, width=6, heights=[3.4])
+    fig, ax = panels(1, 6, 3.4)
     for i, (name, arm) in enumerate(numbers["arms"].items()):
         mean, low, high = np.array(arm["L_hat"], float).T
         ax.errorbar(np.arange(6) + 0.05 * (i - 3), mean, [mean - low, high - mean], fmt="o-", ms=3,
-                    color=SHADES[i], label=f"{name}: {arm['right']['mean'][0]:.0%} right")
-    chance_line(ax)
-    ax.set(xlabel="states of the correct trajectory", ylim=(0, None),
-           ylabel=r"$\hat{L}$, loss of the answer (nats)", title="Six operands")
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+                    label=f"{name}: {arm['right']['mean'][0]:.0%} right")
+    losses(ax, BESIDE, title="Six operands", xlabel="states of the correct trajectory",
+           ylabel=r"$\hat{L}$, loss of the answer (nats)")
     return fig

@@ -43,8 +43,6 @@ ARMS = {
     "no inner loop": f"{META}=3200 --algo=none",
     "in the context": f"{META}=2000 --algo=context"}
 RIVALS = [*ARMS][1:5]
-SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000",
-          "#999999")
 WINDOW = 100                        # meta-steps that a point of a training curve averages
 
 
@@ -91,15 +89,15 @@ def judge(raw):
         "own loss": {name: y.round(4).tolist() for name, y in own_loss.items()}}
 
 def draw(numbers):
-    fig, ((curves, right),) = panels(1, 2, width=4.8, heights=[3.4])
-    for (name, y), colour in zip(numbers["curves"].items(), SHADES):
+    fig, curves, right = panels(2, 4.8, 3.4)
+    for i, (name, y) in enumerate(numbers["curves"].items()):
         seconds = numbers["arms"][name]["seconds"]
         x = (np.arange(len(y[0])) + 1) / len(y[0]) * seconds
-        curves.plot(x, np.mean(y, 0), color=colour, lw=1.8, label=name)
-        curves.plot(x, np.transpose(y), color=colour, lw=0.5, alpha=0.5)
+        curves.plot(x, np.mean(y, 0), color=f"C{i}", lw=1.8, label=name)
+        curves.plot(x, np.transpose(y), color=f"C{i}", lw=0.5, alpha=0.5)
     curves.set(title="Meta-training: mean of each arm, thin its seeds", ylim=(0, None),
                xlabel="seconds of one thread", ylabel="$L_q$, loss of the queries' answers (nats)")
-    curves.legend(fontsize=7)
+    curves.legend()
     bars(right, {name: arm["scores"]["sibling"] for name, arm in numbers["arms"].items()},
          xlim=(0, 1), xlabel="right: another last operation",
          title="Six operands (dotted: commonest digit)")

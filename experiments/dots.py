@@ -5,7 +5,7 @@ loss against none: the 95 % interval over questions lies above 0; refuted where 
 default model never saw a dot; `train.py --style=states,filler` makes one that did.
 """
 from analyze import curves_of
-from experiments.figure import COLOURS, band, chance_line, panels
+from experiments.figure import COLOURS, band, losses, panels
 from lab.score import held_out
 from lab.verdict import decide_all, interval
 
@@ -25,9 +25,8 @@ def judge(loss):
     return verdicts, {"gaps": gaps, "L_hat": [interval(loss[n]) for n in DOTS]}
 
 def draw(numbers):
-    fig, ((ax,),) = panels(1, 1)
-    band(ax, DOTS, numbers["L_hat"], COLOURS["filler"], style="o-")
-    chance_line(ax)
-    ax.set(xlabel="dots read", ylabel=r"$\hat{L}$ (nats)", ylim=(0, None))
-    ax.set(title="The loss of the answer after dots")
+    fig, ax = panels()
+    band(ax, DOTS, numbers["L_hat"], COLOURS["filler"], "mean of all questions", "o-")
+    losses(ax, title="The loss of the answer after dots", xlabel="dots read",
+           ylabel=r"$\hat{L}$ (nats)")
     return fig

@@ -21,17 +21,16 @@ Supported where all 95 % intervals over questions lie above 0, refuted where one
 inconclusive.
 """
 import random
-from typing import NamedTuple
 
 import numpy as np
 
-from analyze import at_states, curves_of, explicit_curves
+from analyze import explicit_curves
 from data import arithmetic
 from experiments import others_of
-from experiments.curve import alone, rank_correlation
-from experiments.figure import COLOURS, band, chance_line, panels
+from experiments.curve import foretold, in_context, rank_correlation
+from experiments.figure import BESIDE, COLOURS, band, losses, panels
 from lab.score import commonest, held_out, shallow
-from lab.verdict import decide, decide_all, interval
+from lab.verdict import decide_all, interval
 from meta import outcomes
 
 CLAIM = "Eq. 4: theta', moved along a trajectory, knows what the trajectory found"
@@ -45,15 +44,9 @@ WHERE = {"theta": ("theta", r"$\theta$"), "theta_prime": ("weights", r"$\theta'$
          "in_context": ("correct", "in the context")}
 
 
-class Raw(NamedTuple):
-    table: dict                             # {operands: {kind: {where: truths}}}
-    lines: dict                             # {operands: {who answers without it: share}}
-    curves: dict                    # {context, reordered, weights, other, predicted: (N, states)}
-
-
-# --------------------------------------------------------------------------------------- measure
-
 def measure(c, runs):
+    """-> ({operands: {kind: {where: truths}}}, {operands: {who answers without it: share}},
+    {context, reordered, weights, other, predicted: losses (N, states)})."""
     model, inner, config = runs.meta()
     largest, table, lines = max(config.counts), {}, {}
     for n in (largest, largest + 1):
@@ -71,7 +64,7 @@ def measure(c, runs):
                              for q in questions]) for where in WHERE}
     questions = held_out("expr", largest, c.questions // 2)
     rng = random.Random(f"{c.seed}/explicit")
-    return Raw(table, lines, both_curves(model, inner, questions, config.style, rng))
+    return table, lines, both_curves(model, inner, questions, config.style, rng)
 
 def both_curves(model, inner, questions, style, rng):
     """Losses of questions after 0, 1, ... steps of their own trajectory, in the context and in the
@@ -79,24 +72,19 @@ def both_curves(model, inner, questions, style, rng):
     steps = [arithmetic.steps(q, rng, style)[0] for q in questions]
     orders = [arithmetic.steps(q, rng, style)[0] for q in questions]
 
-    def in_context(trajectories):
-        thinks = [";".join(t) for t in trajectories]
-        curves = curves_of(model, questions, thinks)
-        return np.stack([at_states(y, t) for y, t in zip(curves, thinks)])
-    lefts = [[q.text for q in questions], *list(zip(*steps))[:-1]]
     theirs = others_of(questions, list(zip(questions, steps)), rng)
     other = explicit_curves(model, inner, questions, [t for _, t in theirs],
                             [o for o, _ in theirs])
-    return {"context": in_context(steps), "reordered": in_context(orders),
+    return {"context": in_context(model, questions, steps),
+            "reordered": in_context(model, questions, orders),
             "weights": np.stack(explicit_curves(model, inner, questions, steps)),
-            "predicted": np.stack([alone(model, questions, left) for left in lefts], 1),
+            "predicted": foretold(model, questions, steps),
             "other": np.stack(other)}
 
-# ----------------------------------------------------------------------------------------- judge
-
 def judge(raw):
-    sizes = list(raw.table)
-    largest = raw.table[sizes[0]]
+    table, lines, curves = raw
+    size, largest = next(iter(table.items()))
+
     def gap(kind, a, b, bonus=0.0):
         return largest[kind][a].astype(float) - largest[kind][b] + bonus
     margins = {
@@ -110,16 +98,16 @@ def judge(raw):
         "as the context does":
             {f"{kind}: theta' - context + 3 points": gap(kind, "theta_prime", "in_context", 0.03)
              for kind in ("cut", "whole")}}
+    margins["two curves coincide"], found = coincide(curves)
     verdicts, gaps = decide_all(margins)
-    verdicts["two curves coincide"], gaps["two curves coincide"], found = coincide(raw.curves)
     return verdicts, found | {
-        "gaps": gaps, "largest": sizes[0], "lines": raw.lines,
-        "table": {n: {kind: {where: interval(ok) for where, ok in row.items()}
-                      for kind, row in kinds.items()} for n, kinds in raw.table.items()},
-        "curves": {name: [interval(column) for column in y.T] for name, y in raw.curves.items()}}
+        "gaps": gaps, "largest": size, "lines": {str(n): row for n, row in lines.items()},
+        "table": {str(n): {kind: {where: interval(ok) for where, ok in row.items()}
+                      for kind, row in kinds.items()} for n, kinds in table.items()},
+        "curves": {name: [interval(column) for column in y.T] for name, y in curves.items()}}
 
 def coincide(curves):
-    """Compares two curves question by question, at every number of states but none and all."""
+    """Compares two curves at every number of states but none and all -> (margins, numbers)."""
     margins, found = {}, {"rank correlation": {}, "ceiling": {}}
     for i in range(1, curves["context"].shape[1] - 1):
         w, h, again = (curves[name][:, i] for name in ("weights", "context", "reordered"))
@@ -129,7 +117,7 @@ def coincide(curves):
             0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h))
         for name, pair in (("rank correlation", (w, h)), ("ceiling", (h, again))):
             found[name][i] = round(float(rank_correlation(np.stack(pair, 1), 0)), 3)
-    return *decide(margins), found
+    return margins, found
 
 def below_ceiling(triples, axis):
     """(weights, context, context again), (..., N, 3) -> the first two's rank correlation less 0.8
@@ -138,10 +126,8 @@ def below_ceiling(triples, axis):
             - 0.8 * rank_correlation(triples[..., 1:], axis))
 
 
-# ------------------------------------------------------------------------------------------ draw
-
 def draw(numbers):
-    fig, ((curves, kinds),) = panels(1, 2, width=4.8, heights=[3.6])
+    fig, curves, kinds = panels(2, 4.8, 3.6)
     names = {"context": ("correct", "in the context"), "weights": ("weights", "in the weights"),
              "other": ("other", "in the weights, another question's")}
     for name, (colour, label) in names.items():
@@ -149,27 +135,22 @@ def draw(numbers):
         band(curves, range(len(y)), y, COLOURS[colour], label)
     predicted = [mean for mean, _, _ in numbers["curves"]["predicted"]]
     curves.plot(predicted, "k--", lw=1.2, label="what is left, asked alone")
-    chance_line(curves)
-    curves.set(title="One trajectory, in the context and in the weights", ylim=(0, 3),
-               xlabel="states of the trajectory", ylabel="loss of the answer (nats)")
-    curves.legend(fontsize=7)
-
-    n = str(numbers["largest"])
-    table, lines = ({str(k): v for k, v in numbers[key].items()}[n] for key in ("table", "lines"))
+    losses(curves, title="One trajectory, in the context and in the weights", ylim=(0, 3),
+           xlabel="states of the trajectory", ylabel="loss of the answer (nats)")
+    n = numbers["largest"]
     for shift, (where, (colour, label)) in zip((-0.2, 0, 0.2), WHERE.items()):
-        kinds.plot([], [], "o-", ms=3, color=COLOURS[colour], label=label)
         # Only where it is asked its own question can the context know more.
         asked = ("cut", "whole") if where == "in_context" else LABELS
-        for kind in asked:
-            mean, low, high = table[kind][where]
-            kinds.errorbar(mean, [*LABELS].index(kind) + shift, fmt="o", ms=3,
-                           xerr=[[mean - low], [high - mean]], color=COLOURS[colour])
-    for style, (name, share) in zip((":", "--"), lines.items()):
+        mean, low, high = np.transpose([numbers["table"][f"{n}"][kind][where] for kind in asked])
+        y = [[*LABELS].index(kind) + shift for kind in asked]
+        kinds.errorbar(mean, y, xerr=(mean - low, high - mean), fmt="o", ms=3,
+                       color=COLOURS[colour], label=label)
+    for style, (name, share) in zip((":", "--"), numbers["lines"][f"{n}"].items()):
         kinds.axvline(share, color="#bbbbbb", lw=0.8, ls=style, zorder=0, label=name)
     kinds.set_yticks(range(len(LABELS)), LABELS.values(), fontsize=7)
     kinds.invert_yaxis()
     kinds.set(title=f"Asked after a trajectory of {n} operands", xlabel="right", xlim=(0, 1.02))
-    kinds.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    kinds.legend(**BESIDE)
     return fig
 
 def show(numbers):

@@ -23,7 +23,7 @@ import torch
 from analyze import untrained
 from data import arithmetic, text
 from experiments import cell_of, others_of
-from experiments.figure import COLOURS, INK, band, panels
+from experiments.figure import BESIDE, COLOURS, INK, band, panels
 from lab.verdict import decide, interval
 
 CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
@@ -158,7 +158,7 @@ def by_fall(fall, cosine):
 # ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
-    fig, (axes,) = panels(1, 2, width=5, heights=[3.8])
+    fig, *axes = panels(2, 5, 3.8)
     axes[1].axhline(0.5, color=COLOURS["wrong"], lw=1, label="a gradient step")
     for ax, member in zip(axes, MEMBERS):
         for name, curve in numbers[member]["by fall"].items():
@@ -169,5 +169,5 @@ def draw(numbers):
         ax.set(title=f"{member.capitalize()}: a step down the gradient?\n{numbers['title']}",
                xlabel="fall of $L_q$ by the token (nats)", ylabel=r"cosine with $-\nabla L_q$")
         ax.axhline(0, color="#cccccc", lw=0.8, zorder=0)
-    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[1].legend(**BESIDE)
     return fig

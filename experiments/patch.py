@@ -21,7 +21,7 @@ import torch
 from analyze import TAIL, exact_patches, patch_hook, tails, untrained
 from data import arithmetic, text
 from experiments import cell_of
-from experiments.figure import boxes, panels
+from experiments.figure import panels
 from lab.verdict import decide_all
 
 CLAIM = "Prop. 2.1: some weights do without the trajectory what the model does with it"
@@ -155,16 +155,17 @@ def judge(raw):
     return verdicts, numbers
 
 
-# ------------------------------------------------------------------------------------------ draw
-
 def draw(numbers):
-    fig, ((errors, construction),) = panels(1, 2, width=4.8, heights=[3.2])
-    boxes(errors, dict(reversed(numbers["errors"].items())))
-    errors.set(xlabel="largest error of the logits",
-               title=f"Patched weights need no trajectory\n{numbers['title']}")
-    boxes(construction, dict(reversed(numbers["proposition"].items())))
-    construction.set(xlabel="error / the change to be made",
-                     title="As printed it fails, repaired it is exact\n200 random layers")
-    for ax, x in ((errors, 1e-4), (errors, 1e-10), (construction, 1)):
-        ax.axvline(x, color="#999999", lw=0.8, ls=":")
+    fig, *axes = panels(2, 4.8, 3.2)
+    texts = {"errors": ("largest error of the logits",
+                        f"Patched weights need no trajectory\n{numbers['title']}", (1e-4, 1e-10)),
+             "proposition": ("error / the change to be made",
+                             "As printed it fails, repaired it is exact\n200 random layers", (1,))}
+    for ax, (name, (xlabel, title, lines)) in zip(axes, texts.items()):
+        rows = dict(reversed(numbers[name].items()))
+        ax.boxplot([np.maximum(v, 1e-17) for v in rows.values()], orientation="horizontal",
+                   tick_labels=list(rows), widths=0.6, flierprops={"markersize": 2})
+        ax.set(xscale="log", xlabel=xlabel, title=title)
+        for x in lines:
+            ax.axvline(x, color="#999999", lw=0.8, ls=":")
     return fig

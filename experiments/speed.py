@@ -174,7 +174,7 @@ def judge(raw):
     return {"speed": "measured"}, raw
 
 def draw(numbers):
-    fig, ((ax,),) = panels(1, 1, width=7, heights=[3])
+    fig, ax = panels(1, 7, 3)
     ticks = (1, 2, 5, 10, 20, 50, 100)
     bars(ax, numbers["ratios"], xscale="log", xticks=ticks, xticklabels=ticks,
          title=f"Time of the slow way / of the fast one ({numbers['device']})")

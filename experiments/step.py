@@ -22,7 +22,7 @@ from analyze import cosines, direct_logp, nll_of
 from data import arithmetic, text
 from data.tasks import Task, support
 from experiments import others_of
-from experiments.figure import COLOURS, band, bars, chance_line, panels
+from experiments.figure import COLOURS, band, bars, losses, panels
 from lab.flags import fail
 from lab.score import held_out
 from lab.verdict import decide_all, interval
@@ -113,24 +113,19 @@ def judge(raw):
         "cosine with the patch": {whose: interval(v) for whose, v in with_patch.items() if v}}
 
 def draw(numbers):
-    fig, ((along, right, tokens),) = panels(1, 3, width=4.2, heights=[3])
+    fig, along, right, tokens = panels(3, 4.2, 3)
     for name, colour, label in (("inner", "other", "inner loss (at its temperature), per token"),
                                 ("L_support", "filler", "of the trajectory, per token"),
                                 ("L_q", "weights", "of the answer")):
         band(along, ALONG, numbers["along"][name], COLOURS[colour], label)
     along.axvline(1, color="#cccccc", lw=0.8, zorder=0)
-    chance_line(along)
-    along.set(title="On the way from theta (0) to theta' (1)", xlabel="s", ylabel="loss (nats)",
-              ylim=(0, 4.2))
-    along.legend(fontsize=7)
+    losses(along, title="On the way from theta (0) to theta' (1)", xlabel="s", ylim=(0, 4.2),
+           ylabel="loss (nats)")
     bars(right, {part: {"mean": row} for part, row in numbers["carriers"].items()},
          title="After a step on these tokens alone", xlim=(0, 1),
          xlabel="right: another last operation")
-    parts = numbers["shares"]
-    tokens.barh(range(len(parts)), parts.values(), 0.7, color=COLOURS["light"])
-    tokens.set_yticks(range(len(parts)), parts)
-    tokens.set(title="Which tokens move the weights", xlabel="share of the squared update")
-    tokens.invert_yaxis()
+    bars(tokens, {kind: {"mean": [share] * 3} for kind, share in numbers["shares"].items()},
+         title="Which tokens move the weights", xlabel="share of the squared update")
     return fig
 
 def show(numbers):

@@ -28,7 +28,7 @@ def label(a: str, b: str, metric: str, cells: str) -> str:
 def draw_arms(numbers):
     """Differences around a line at zero, a dot per seed, below the part that they decide."""
     rows, names = sum(len(part) + 1 for part in numbers["gaps"].values()), []
-    fig, ((ax,),) = panels(1, 1, width=7, heights=[0.28 * rows + 0.8])
+    fig, ax = panels(1, 7, 0.28 * rows + 0.8)
     for part, gaps in numbers["gaps"].items():
         names.append(f"{part}:")
         for name, (mean, low, high) in gaps.items():

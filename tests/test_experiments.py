@@ -107,7 +107,7 @@ def an_explicit(rng, knows, alike):
     curves = {"context": context, "reordered": again, "weights": weights, "other": context}
     curves["predicted"] = context[:, :-1]
     lines = {"commonest": 0.2, "shallow": 0.22}
-    return explicit.Raw({6: rows, 7: rows}, {6: lines, 7: lines}, curves)
+    return {6: rows, 7: rows}, {6: lines, 7: lines}, curves
 
 @pytest.mark.parametrize("holds, verdict", [(True, "supported"), (False, "refuted")])
 def test_explicit_can_go_either_way(holds, verdict):
