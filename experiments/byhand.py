@@ -47,11 +47,10 @@ def measure(c, runs):
     lines.append(f"   all together {float(dW.norm()):.3f}, where the weights are "
                  f"{float(W.norm()):.3f}")
 
-    def moved(name_now, x, y):
-        tape[name_now] = x
-        return y + x @ dW.T if name_now == name else y
-    before, after = direct_logp(model, [q]), direct_logp(model, [q], moved)
-    x = tape[name][0, -1]
+    hook = meta.recording(tape, inner.names,
+                          lambda layer, x, y: y + x @ dW.T if layer == name else y)
+    before, after = direct_logp(model, [q]), direct_logp(model, [q], hook)
+    x = tape[name][0][0, -1]
     lines.append(f"2. {name} at </think>, asked without the trajectory: the first 6 numbers")
     for what, v in (("x", x), ("y  = W x", W @ x), ("dW x", dW @ x),
                     ("y' = (W + dW) x", (W + dW) @ x)):

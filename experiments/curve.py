@@ -25,7 +25,6 @@ to a longer state.
 """
 import random
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,19 +45,10 @@ KINDS = {"correct": "right", "wrong": "with a mistake", "other": "another questi
          "filler": "dots"}
 
 
-class Raw(NamedTuple):
-    """Numbers per question; states: (N, 6), after 0 to 5 whole states."""
-    title: str
-    states: dict                            # {kind: L_hat at states}
-    sampled: dict                           # {right, wrong: fall along the model's own outputs}
-    predicted: np.ndarray                   # L_q of what is left, asked alone
-    law: dict                               # {operands left: (L_hat, L_q of what is left)}
-    says: dict                              # {intervention: truths}
-    detour: np.ndarray                      # rise of L_hat on the way back
-    example: dict                           # one question, token by token
-
-
 def measure(c, runs):
+    """-> (title, {kind: L_hat after 0 to 5 states (N, 6)}, {right, wrong: falls along the model's
+    own outputs}, L_q of what is left (N, 5), {operands left: (L_hat, L_q of what is left)},
+    {intervention: truths}, rise of L_hat on the way back, one question token by token)."""
     model, rng = runs.sft(), random.Random(c.seed)
     questions, title = cell_of(c)
     if questions[0].operands <= max(LEFT):
@@ -74,8 +64,8 @@ def measure(c, runs):
                "L_hat": curves_of(model, questions[:1], [think])[0].round(4).tolist()}
     many = held_out(questions[0].domain, questions[0].operands, 3 * c.questions)
     law = {n: law_at(model, many, n, rng) for n in LEFT}
-    return Raw(title, states, own_outputs(c, model, questions), foretold(model, questions, steps),
-               law, *interventions(model, questions, steps, rng), example)
+    return (title, states, own_outputs(c, model, questions), foretold(model, questions, steps), law,
+            *interventions(model, questions, steps, rng), example)
 
 def in_context(model, questions, trajectories):
     """L_hat after 0, 1, ... whole states of trajectories -> (N, states)."""
@@ -141,15 +131,16 @@ def interventions(model, questions, steps, rng):
 
 
 def judge(raw):
-    correct = raw.states["correct"]
-    fall = {kind: y[:, 0] - y[:, -1] for kind, y in raw.states.items()}
+    title, states, own, predicted, law, says, detour, example = raw
+    correct = states["correct"]
+    fall = {kind: y[:, 0] - y[:, -1] for kind, y in states.items()}
     shaped = fall["correct"] > LEAST
     d = -np.diff(correct[shaped], axis=1)           # falls from state to state
     largest, effective = d.max(1) / d.sum(1), d.sum(1)**2 / (d**2).sum(1)
-    law, numbers = judge_law(raw)
-    hit, numbers["always the commonest place"] = jumps(raw)
+    of_law, numbers = judge_law(law)
+    hit, numbers["always the commonest place"] = jumps(correct, predicted)
     numbers["largest step where predicted"] = interval(hit)
-    last, whole = (raw.says[f"{seen}: the answer"] for seen in ("last state alone", "all states"))
+    last, whole = (says[f"{seen}: the answer"] for seen in ("last state alone", "all states"))
     verdicts, gaps = decide_all({
         "direction": {"falls": fall["correct"]} | {
             f"further than along {KINDS[kind]}": fall["correct"] - fall[kind]
@@ -159,22 +150,22 @@ def judge(raw):
             for i, mean in enumerate(correct.mean(0)[:-1]) if mean > 0.1},
         "states replace one another": {"last state alone - 0.9 of all": last - 0.9 * whole},
         "own outputs": {                            # a good model may write too few wrong ones
-            "right ones: falls": raw.sampled["right"], "wrong ones: rises": -raw.sampled["wrong"]},
+            "right ones: falls": own["right"], "wrong ones: rises": -own["wrong"]},
         "progressive": {"2/3 - largest step": (2 / 3 - largest, np.median),
                         "effective steps - 2": (effective - 2, np.median)},
-        "the law": law,
+        "the law": of_law,
         "the jump's place": {"largest step where predicted - 0.8": hit - 0.8}})
     return verdicts, numbers | {
-        "gaps": gaps, "title": raw.title, "questions": len(correct),
-        "means": {kind: [interval(column) for column in y.T] for kind, y in raw.states.items()},
-        "predicted": [interval(column) for column in raw.predicted.T],
+        "gaps": gaps, "title": title, "questions": len(correct),
+        "means": {kind: [interval(column) for column in y.T] for kind, y in states.items()},
+        "predicted": [interval(column) for column in predicted.T],
         "singles": correct[:SHOWN].round(3).tolist(),
         "largest step": interval(largest, np.median),
         "effective steps": interval(effective, np.median),
-        "says": {name: interval(truths) for name, truths in raw.says.items()},
-        "rise on a detour": interval(raw.detour),
-        "example": raw.example,
-        "scatter": {n: np.round(pair, 2).tolist() for n, pair in raw.law.items()}}
+        "says": {name: interval(truths) for name, truths in says.items()},
+        "rise on a detour": interval(detour),
+        "example": example,
+        "scatter": {n: np.round(pair, 2).tolist() for n, pair in law.items()}}
 
 def rank_correlation(pairs, axis):
     """Spearman's, over pairs (..., N, 2). Ties, which a bootstrap draws, keep their order."""
@@ -182,11 +173,11 @@ def rank_correlation(pairs, axis):
     r = r - r.mean(axis, keepdims=True)
     return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))
 
-def judge_law(raw):
+def judge_law(law):
     """-> (margins, numbers)."""
     margins = {}
     found = {"rank correlation": {}, "distance": {}, "distance, partners swapped": {}}
-    for n, (h, d) in raw.law.items():
+    for n, (h, d) in law.items():
         pairs, swapped = np.stack((h, d), 1), np.abs(h - np.roll(d, len(d) // 2))
         margins[f"{n} left: rank correlation - 0.7"] = (
             pairs, lambda pairs, axis: rank_correlation(pairs, axis) - 0.7)
@@ -196,10 +187,10 @@ def judge_law(raw):
         found["distance, partners swapped"][n] = interval(swapped)
     return margins, found
 
-def jumps(raw):
-    """-> (does the largest step stand where the law puts it? a truth per question that falls; what
-    always naming the commonest place would get)"""
-    jumped, foretold = (-np.diff(y, axis=1) for y in (raw.states["correct"][:, :-1], raw.predicted))
+def jumps(correct, predicted):
+    """-> (does the largest step stand where the law puts it? a truth per question that falls;
+    what always naming the commonest place would get)"""
+    jumped, foretold = (-np.diff(y, axis=1) for y in (correct[:, :-1], predicted))
     falls = jumped.sum(1) > LEAST
     at = jumped[falls].argmax(1)
     commonest = np.bincount(at, minlength=1).max() / max(1, len(at))

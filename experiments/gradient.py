@@ -24,15 +24,13 @@ from analyze import untrained
 from data import arithmetic, text
 from experiments import cell_of, others_of
 from experiments.figure import BESIDE, COLOURS, INK, band, panels
-from lab.verdict import decide, interval
+from lab.verdict import decide_all, interval
 
 CLAIM = "Eq. 4: the exact patch of a trajectory's token lies along -grad L_q"
 MEMBERS = ("every layer", "last bias")
 COLOUR = {"trained": "correct", "untrained": "light", "shuffled": "filler", "another's": "other"}
 LEAST = 0.3                                 # nats: a fall that counts
 
-
-# --------------------------------------------------------------------------------------- measure
 
 def measure(c, runs):
     """-> (title, {condition: an array (4, tokens): the number of its question, its fall
@@ -112,20 +110,22 @@ def yardsticks(model, questions):
     return found
 
 
-# ----------------------------------------------------------------------------------------- judge
-
 def judge(raw):
     title, found, yardstick = raw
     verdicts, numbers = {}, {"title": title, "gaps": {}}
-    for part in ("aligned", "a gradient step"):
-        (one, gaps), (other, others) = (decide(margins(found, k)[part]) for k in (0, 1))
-        verdicts[part] = one if one == other else "inconclusive"
-        numbers["gaps"][part] = {f"{member}, {name}": gap for member, row in
-                                 zip(MEMBERS, (gaps, others)) for name, gap in row.items()}
+    decided = [decide_all(margins(found, k)) for k in (0, 1)]
+    for part, one in decided[0][0].items():
+        verdicts[part] = one if one == decided[1][0][part] else "inconclusive"
+        numbers["gaps"][part] = {f"{member}, {name}": gap for member, (_, gaps) in
+                                 zip(MEMBERS, decided) for name, gap in gaps[part].items()}
     for k, member in enumerate(MEMBERS):
+        curves = {}
+        for name, rows in found.items():
+            groups = np.array_split(rows[[1, 2 + k]][:, np.argsort(rows[1])], 12, 1)
+            curves[name] = {"fall": [round(float(fall.mean()), 4) for fall, _ in groups],
+                            "cosine": [interval(cosines) for _, cosines in groups]}
         numbers[member] = {
-            "by fall": {name: by_fall(rows[1], rows[2 + k]) for name, rows in found.items()},
-            "SGD": {name: interval(v) for name, v in yardstick[member].items()}}
+            "by fall": curves, "SGD": {name: interval(v) for name, v in yardstick[member].items()}}
     return verdicts, numbers
 
 def margins(found, k):
@@ -147,15 +147,6 @@ def partners(fall, falls, cosines):
     near = order[np.searchsorted(falls[order], fall).clip(max=len(order) - 1)]
     above = falls[near] - fall
     return np.where((above >= 0) & (above <= 0.1 * fall), cosines[near], np.nan)
-
-def by_fall(fall, cosine):
-    """A curve for the figure: twelve groups of tokens, by their falls."""
-    groups = np.array_split(np.argsort(fall), 12)
-    return {"fall": [round(float(fall[g].mean()), 4) for g in groups],
-            "cosine": [interval(cosine[g]) for g in groups]}
-
-
-# ------------------------------------------------------------------------------------------ draw
 
 def draw(numbers):
     fig, *axes = panels(2, 5, 3.8)

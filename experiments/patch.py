@@ -13,7 +13,6 @@ refuted where one lies below, else inconclusive. Whether a patch goes down the l
 """
 import copy
 import random
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +26,9 @@ from lab.verdict import decide_all
 CLAIM = "Prop. 2.1: some weights do without the trajectory what the model does with it"
 
 
-class Raw(NamedTuple):
-    title: str
-    errors: dict                            # {condition: largest error of the logits, per question}
-    proposition: dict                       # {construction: relative errors of random layers}
-
-
-# --------------------------------------------------------------------------------------- measure
-
 def measure(c, runs):
+    """-> (title, {condition: largest error of the logits, per question}, {construction: relative
+    errors of random layers})."""
     model, rng = runs.sft(), random.Random(c.seed)
     questions, title = cell_of(c)
     rows = questions, [arithmetic.trajectory(q, rng) for q in questions]
@@ -52,7 +45,7 @@ def measure(c, runs):
         "float64, bias after `down`": largest(bare.patched, bare.full),
         "float64, one theta' per row": largest(one_theta_prime(double, *rows), wide.full),
         "float64, untrained model": largest(never.patched, never.full)}
-    return Raw(title, errors, proposition())
+    return title, errors, proposition()
 
 def largest(a, b):
     """The largest difference of rows' logits (B, TAIL, V) -> an array (B,)."""
@@ -136,23 +129,20 @@ def constructions(E, t, Wq, Wk, Wv):
             "rank-1 repair": (Wq, Wk, Wv + a.T @ (o - a @ Wv) / a.square().sum())}
 
 
-# ----------------------------------------------------------------------------------------- judge
-
 def judge(raw):
-    e = {name: np.log10(np.maximum(v, 1e-30)) for name, v in (raw.errors | raw.proposition).items()}
+    title, errors, layers = raw
+    e = {name: np.log10(np.maximum(v, 1e-30)) for name, v in (errors | layers).items()}
     margins = {f"{name}: below {limit:g}": np.log10(limit) - e[name]
                for kind, limit in (("float32", 1e-4), ("float64", 1e-10))
-               for name in raw.errors if kind in name}
+               for name in errors if kind in name}
     for name in ("no patch", "another question's patch"):
         margins[f"{name}: above 100 times float32"] = e[name] - e["float32"] - 2
-    parts = {"some weights do it": margins,
-             "the printed proof": {"below 1e-10": -10 - e["as printed"]},
-             "the rank-1 repair": {"below 1e-10": -10 - e["rank-1 repair"]}}
-    verdicts, gaps = decide_all(parts)
-    numbers = {"title": raw.title, "gaps": gaps}
-    for name, rows in (("errors", raw.errors), ("proposition", raw.proposition)):
-        numbers[name] = {what: [float(f"{x:.3g}") for x in row] for what, row in rows.items()}
-    return verdicts, numbers
+    verdicts, gaps = decide_all({"some weights do it": margins,
+                                 "the printed proof": {"below 1e-10": -10 - e["as printed"]},
+                                 "the rank-1 repair": {"below 1e-10": -10 - e["rank-1 repair"]}})
+    rounded = {name: {what: [float(f"{x:.3g}") for x in row] for what, row in rows.items()}
+               for name, rows in (("errors", errors), ("proposition", layers))}
+    return verdicts, {"title": title, "gaps": gaps} | rounded
 
 
 def draw(numbers):

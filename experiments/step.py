@@ -77,10 +77,8 @@ def carriers(model, inner, rows, asked):
     """Is theta' right that was moved by a part of the tokens? -> {part: truths}."""
     found = {}
     for name, what in PARTS.items():
-        part = rows
-        if what:
-            kept = part_of(rows, what)
-            part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
+        kept = part_of(rows, what) if what else rows.inner >= 0
+        part = rows._replace(inner=rows.inner.masked_fill(~kept, text.IGNORE))
         said = direct_logp(model, asked, adapt(model, inner, part, order=1).hook).argmax(-1)
         found[name] = np.array([str(d) == q.answer for d, q in zip(said.tolist(), asked)])
     return found

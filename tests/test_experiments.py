@@ -73,8 +73,8 @@ def a_curve(rng, correct, alike=True, alone=True):
     predicted = correct[:, :-1] if alike else correct[:, -2::-1]
     fall = noisy(rng, 1)[:, 0]
     example = {"text": "1+2 = 3", "tokens": "1;3", "L_hat": [2, 1, 1, 0]}
-    return curve.Raw("made up", states | {"correct": correct}, {"right": fall, "wrong": -fall},
-                     predicted, law, says, fall, example)
+    return ("made up", states | {"correct": correct}, {"right": fall, "wrong": -fall}, predicted,
+            law, says, fall, example)
 
 @pytest.mark.parametrize("levels, shape", [((2, 1.6, 1.2, 0.8, 0.4, 0), "supported"),
                                            ((2, 2, 2, 2, 0, 0), "refuted")])
@@ -206,7 +206,7 @@ def test_patch_can_go_either_way():
     def verdicts(**other):
         errors = {name: np.full(100, x) for name, x in (level | other).items()}
         mended = {name: np.full(100, x) for name, x in layers.items()}
-        return list(patch.judge(patch.Raw("", errors, mended))[0].values())
+        return list(patch.judge(("", errors, mended))[0].values())
     assert verdicts() == ["supported", "refuted", "supported"]
     for name, x in (("float32", 1e-3), ("float64", 1e-9), ("float64, one theta' per row", 1e-9),
                     ("no patch", 1e-5), ("another question's patch", 1e-5)):
