@@ -25,9 +25,7 @@ from lab.flags import fail, flag, flags
 from lab.run import checksum, device_of, revision, write
 from lab.score import held_out
 
-FOLDER = Path(__file__).parent
-# What runs unasked, on a trained model.
-TOUR = ("curve", "explicit", "step", "patch", "gradient")
+TOUR = ("curve", "explicit", "step", "patch", "gradient")       # what runs unasked
 
 
 @dataclass
@@ -56,14 +54,14 @@ class Analyze:
 
 class Runs:
     """The runs that a command line names, loaded when asked for. The default ones are trained first
-    where they are missing. `checkpoints` is what an experiment looked at: {folder: checksum},
-    `others` what it had looked at before."""
+    where they are missing. loaded: {folder: run}, so that none is loaded twice; `checkpoints`:
+    {folder: checksum} of what an experiment looked at; others: of what it had looked at before."""
 
-    def __init__(self, c, device):
-        self.c, self.device, self.loaded, self.checkpoints, self.others = c, device, {}, {}, {}
+    def __init__(self, c, device, loaded: dict, others: dict):
+        self.c, self.device, self.loaded, self.others = c, device, loaded, others
+        self.checkpoints = {}
 
     def sft(self):
-        """The model of --sft."""
         return self.get(self.c.sft, train, train.load_model)[0]
 
     def meta(self):
@@ -77,7 +75,6 @@ class Runs:
         return found
 
     def get(self, folder, script, load, *init):
-        """Loads a run once; the default one is trained, or resumed, first."""
         if folder not in self.loaded:
             path, name = Path(folder) / "ckpt.pt", script.__name__
             made = folder == {"train": Analyze.sft, "meta": Analyze.meta}[name]
@@ -127,7 +124,7 @@ def others_of(questions: list, things: list, rng) -> list:
 def known() -> dict:
     """{name of an experiment: the first sentence of its docstring}."""
     names = {}
-    for path in sorted(FOLDER.glob("*.py")):
+    for path in sorted(Path(__file__).parent.glob("*.py")):
         source = path.read_text(encoding="utf-8")
         if re.search(r"^CLAIM = ", source, re.M):
             names[path.stem] = " ".join(source[3:].split("\n\n")[0].split()).rstrip('"')
@@ -135,35 +132,33 @@ def known() -> dict:
     return names | {name: one.__doc__.split("\n")[0] for name, one in trainings.TABLE.items()}
 
 def experiment_of(name: str):
-    """What has CLAIM, measure, judge and draw: a file of this folder or an entry of
-    `trainings.TABLE`."""
+    """What has CLAIM, measure, judge, draw: a file of this folder, or an entry of a table."""
     trainings = importlib.import_module("experiments.trainings")
     return trainings.TABLE.get(name) or importlib.import_module(f"experiments.{name}")
 
 def run(name: str, c, device, models: dict) -> dict:
     """Runs one experiment: its verdicts, numbers and figure in OUT/figures -> what the JSON holds.
 
-    models: {(sft, meta): Runs}, so that none is loaded twice. Where --sft and --meta name several
-    runs, the experiment is repeated on each: numbers and figure are of the first, verdicts of
-    all."""
+    Where --sft and --meta name several runs, it is repeated on each: numbers and figure are of the
+    first, verdicts of all. models: those that are loaded."""
     experiment = experiment_of(name)
     trains = getattr(experiment, "TRAINS", False)
     judged, checkpoints, began = [], {}, time.perf_counter()
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
 
     for i, one in enumerate([c] if trains else each_model(c)):
-        runs = models.setdefault((one.sft, one.meta), Runs(one, device))
-        runs.checkpoints, runs.others = {}, checkpoints.copy()
+        runs = Runs(one, device, models, checkpoints)
         measured = experiment.measure(one, runs)
         row_by_row = inspect.isgenerator(measured)
         for raw in measured if row_by_row else [measured]:
             judged[i:] = [experiment.judge(raw)]
-            checkpoints |= {} if trains else runs.checkpoints
+            checkpoints = checkpoints | runs.checkpoints
             result = {
                 "experiment": name, "claim": experiment.CLAIM,
                 "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
                 "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
-                "gaps": [deciding(numbers) for _, numbers in judged],
+                "gaps": [{f"{part}, {name}": gap for part, row in numbers.get("gaps", {}).items()
+                          for name, gap in row.items() if gap} for _, numbers in judged],
                 "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
@@ -184,8 +179,7 @@ def paint(experiment, numbers, path):
         experiment.film(numbers, path.with_suffix(".gif"))
 
 def each_model(c) -> list:
-    """The command line for every run that --sft and --meta name, separated by commas, pair by
-    pair."""
+    """The command line for every pair of runs that --sft and --meta name, between commas."""
     sft, moved = c.sft.split(","), c.meta.split(",")
     if len(moved) > 1 and len(sft) != len(moved):
         fail(f"{len(sft)} runs in --sft and {len(moved)} in --meta: they are looked at in pairs")
@@ -200,11 +194,6 @@ def spoken(verdicts: list) -> list:
         lines.append(f"{part}: " + (f"{words} of {len(verdicts)} models" if len(verdicts) > 1
                                     else counts[0][0]))
     return lines
-
-def deciding(numbers: dict) -> dict:
-    """{name of a margin: [estimate, low, high]} of all parts of a claim."""
-    return {f"{part}, {name}": gap for part, row in numbers.get("gaps", {}).items()
-            for name, gap in row.items() if gap}
 
 def typed(name: str, c) -> str:
     """What to type to run it again."""

@@ -32,10 +32,6 @@ from lab.run import ROOT, checksum, device_of, read_log
 from lab.score import held_out, mg_pass_at_k, pass_at_k, right, sampled
 from lab.verdict import over_seeds
 
-# What every run is given, and no arm may say.
-GIVEN = "--device --threads --questions --seed --out --resume --overwrite --ask".split()
-
-
 class Arm(NamedTuple):
     """What became of an arm."""
     scores: dict                    # {metric: (seeds, questions)}
@@ -108,12 +104,13 @@ def words_of(arm: str) -> list:
         stages = [shlex.split(part) for part in arm.split("|")]
     except ValueError as e:
         fail(f"--arm={arm}: {e}")
+    given = "--device --threads --questions --seed --out --resume --overwrite --ask".split()
     for words in stages:
         first = words[0] if words else "nothing"
         if first not in ("train.py", "meta.py") and not first.startswith("-"):
             fail(f"--arm={arm}: a stage begins with a flag, train.py or meta.py, not {first}")
         for word in words:
-            if word.partition("=")[0] in GIVEN:
+            if word.partition("=")[0] in given:
                 fail(f"--arm={arm}: {word} is not for an arm to say")
     return stages
 
@@ -150,7 +147,11 @@ def train_all(c, stages: list):
                 if len(running) < jobs and stage.after not in missing:
                     running[begin(stage, threads)] = waiting.pop(stage.folder)
             for process in [p for p in running if p.poll() is not None]:
-                ended(process, running.pop(process))
+                folder = running.pop(process).folder
+                if process.returncode:
+                    said = (folder / "errors.txt").read_text(errors="replace").strip().splitlines()
+                    said = said or [f"exit code {process.returncode}"]
+                    fail(f"{folder}: {said[-1].removeprefix('error: ')}")
                 bar.update()
                 if len(waiting) + len(running) == total - 1:
                     took = time.perf_counter() - began
@@ -166,27 +167,19 @@ def train_all(c, stages: list):
         bar.close()
 
 def begin(stage: Stage, threads: int) -> subprocess.Popen:
-    """Starts a run, or goes on with it. Its script has a whole path, and this project is where
-    Python looks first: a train.py in the reader's folder is not run."""
+    """Starts a run, or goes on with it. Its script has a whole path, and Python looks first where
+    that lies: a train.py in the reader's folder is not run."""
     words = ["--resume"] if (stage.folder / "ckpt.pt").exists() else [*stage.words, "--overwrite"]
     command = [sys.executable, ROOT / stage.script, f"--out={stage.folder}", *words]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     stage.folder.mkdir(parents=True, exist_ok=True)
     with open(stage.folder / "errors.txt", "w", encoding="utf-8") as errors:
         return subprocess.Popen([*command, f"--threads={threads}"], stderr=errors,
-                                stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
+                                stdout=subprocess.DEVNULL,
                                 preexec_fn=end_with_us if sys.platform == "linux" else None)
 
 def end_with_us():
     """Has Linux send a run SIGTERM once its compare is gone, be it by kill -9: it saves."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)              # PR_SET_PDEATHSIG
-
-def ended(process, stage: Stage):
-    """Exits 2 with the last line that a failed run wrote."""
-    if process.returncode:
-        said = (stage.folder / "errors.txt").read_text(errors="replace").strip().splitlines()
-        said = said or [f"exit code {process.returncode}"]
-        fail(f"{stage.folder}: {said[-1].removeprefix('error: ')}")
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -207,14 +200,11 @@ def ask(c, stage: Stage, cells: list, samples: int = 0) -> dict:
         counts = sampled(model, questions, samples)
         row["pass"] = [pass_at_k(samples, n, 8) for n in counts]
         row["mg"] = [mg_pass_at_k(samples, n, 8) for n in counts]
-    return row | (ask_meta(path, device, groups) if stage.script == "meta.py" else {})
-
-def ask_meta(path, device, groups: list) -> dict:
-    """Asks a run of meta.py what its trajectory helps to answer."""
+    if stage.script != "meta.py":
+        return row
     model, inner, config = meta.load_meta(path, device)
     inner = inner if config.moves else None
     best = {"none": "theta", "context": "in_context"}.get(config.algo, "theta_prime")
-    row = {}
     for kind in meta.KINDS:
         names = {kind: best, f"{kind}, theta": "theta", f"{kind}, in context": "in_context"}
         for questions in groups:

@@ -93,19 +93,16 @@ def section(name: str, result: dict, pictures: str, words: str) -> str:
     words = words or f"{result['claim']}.\n\n{verdicts}"
     show = getattr(experiment_of(result["experiment"]), "show", lambda numbers: [])
     shown = "\n".join(f"    {line}" for line in show(result["numbers"]))
-    parts = [f"## {name}", words, f"![{name}]({pictures}{name}.png)", shown,
-             result["criterion"], table if rows else "", origin(name, result)]
-    return "\n\n".join(part for part in parts if part)
-
-def origin(name: str, result: dict) -> str:
-    """The command, the weights it looked at, the revision, the time."""
     weights = [f"`{folder}` ({digits})" for folder, digits in result["checkpoints"].items()]
     if result.get("seeds"):
         weights.append(f"{result['seeds']} seeds per arm")
     looked_at = [f"at most {result['config']['questions']} questions per cell", *weights]
-    line = (f"`{result['command']}`: {', '.join(looked_at)}; `{name}.json`, revision "
-            f"{result['revision']}, {result['seconds']} s.")
-    return textwrap.fill(line, 100, break_on_hyphens=False)
+    origin = (f"`{result['command']}`: {', '.join(looked_at)}; `{name}.json`, revision "
+              f"{result['revision']}, {result['seconds']} s.")
+    parts = [f"## {name}", words, f"![{name}]({pictures}{name}.png)", shown,
+             result["criterion"], table if rows else "",
+             textwrap.fill(origin, 100, break_on_hyphens=False)]
+    return "\n\n".join(part for part in parts if part)
 
 
 if __name__ == "__main__":

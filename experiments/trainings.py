@@ -17,13 +17,11 @@ All differences are between shares right on the same held-out questions, greedy 
 nothing else is said, and intervals are over seeds. Supported where all 95 % intervals lie above 0,
 refuted where one lies below, else inconclusive; not testable where no arm of a part is right in a
 tenth more than who always says the commonest digit."""
-LABELS = {"exact": "right", "direct": "right in the head", "pass": "Pass@8", "mg": "mG-Pass@8"}
 
 
-def label(a: str, b: str, metric: str, cells: str) -> str:
-    """Names a difference."""
-    how = "" if metric == "exact" else f"{LABELS.get(metric, f'asked {metric}')}, "
-    return f"{a} - {b}, {how}{cells}"
+def asked_for(metric: str) -> str:
+    known = {"exact": "right", "direct": "right in the head", "pass": "Pass@8", "mg": "mG-Pass@8"}
+    return known.get(metric, f"asked {metric}")
 
 def draw_arms(numbers):
     """Differences around a line at zero, a dot per seed, below the part that they decide."""
@@ -50,8 +48,8 @@ def show_arms(numbers) -> list:
     for cells, metric in numbers["shown"]:
         asked = numbers["asked"][cells]
         width = max(map(len, asked["arms"]))
-        lines.append(f"{LABELS.get(metric, f'asked {metric}')}, {cells}; the commonest digit is "
-                     f"right in {asked['commonest']:.0%}")
+        lines.append(f"{asked_for(metric)}, {cells}; the commonest digit is right in "
+                     f"{asked['commonest']:.0%}")
         for name, arm in asked["arms"].items():
             mean, low, high = (100 * x for x in arm["scores"][metric]["mean"])
             lines.append(f"  {name:{width}}  {mean:5.1f} % [{low:.1f}, {high:.1f}], "
@@ -92,7 +90,8 @@ class Comparison:
             for a, b, metric, cells in pairs:
                 arms, chance = raw[cells]
                 gap = arms[a].scores[metric] - arms[b].scores[metric]
-                margins[label(a, b, metric, cells)] = gap
+                how = "" if metric == "exact" else f"{asked_for(metric)}, "
+                margins[f"{a} - {b}, {how}{cells}"] = gap
                 level = "exact" if metric == "mg" else metric
                 levels += [arms[name].scores[level].mean() - chance for name in (a, b)]
             verdicts[part], gaps[part] = decide(margins)

@@ -44,8 +44,7 @@ def measure(c, runs):
     fail(f"none of {len(questions)} questions fits the rule: choose one yourself, with --ask")
 
 def question_of(ask: str):
-    """Reads --ask -> a Question of `expr`, since meta-training shows no flat ones. Exits 2 with a
-    line for anything but 3 to 6 operands."""
+    """Reads --ask -> a Question of `expr`, since meta-training shows no flat ones."""
     try:
         q = arithmetic.parse(ask)
     except ValueError as e:
@@ -74,7 +73,6 @@ def walked(model, inner, q):
                        "theta": int(theta[1].argmax()), "theta_prime": int(moved[-1].argmax())}}
 
 def fits(numbers):
-    """Is this a question as the rule above wants it?"""
     answer, beyond, weights = numbers["answer"], numbers["beyond"], numbers["logp"]["weights"]
     return (numbers["own"] and np.argmax(weights[0]) != answer != 0
             and np.exp(weights[-1][answer]) > SURE
@@ -84,8 +82,6 @@ def judge(numbers):
     return {"walk": "shown"}, numbers
 
 
-# ------------------------------------------------------------------------------------------ draw
-
 def draw(numbers):
     """The last frame, which tells it all."""
     fig = Figure(figsize=(11, 6))
@@ -93,8 +89,7 @@ def draw(numbers):
     return fig
 
 def frames_of(think):
-    """-> [(tokens shown, what of the question beyond)]; frames that stay are there several
-    times."""
+    """-> [(tokens shown, what of the question beyond)]; a frame that stays is there often."""
     frames = []
     for shown in range(len(think) + 1):
         pause = 4 if think[shown - 1:shown] in ("", ";") or shown == len(think) else 1
@@ -102,7 +97,6 @@ def frames_of(think):
     return frames + [(len(think), "asked")] * 8 + [(len(think), "answered")] * 30
 
 def film(numbers, path):
-    """Writes the moving picture."""
     fig, writer = draw(numbers), PillowWriter(fps=5)
     with writer.saving(fig, path, dpi=90):
         for shown, beyond in frames_of(numbers["think"]):
@@ -110,8 +104,7 @@ def film(numbers, path):
             writer.grab_frame()
 
 def frame(fig, numbers, shown, beyond):
-    """Draws one frame: so many tokens of the trajectory are written; beyond: '', 'asked' or
-    'answered'."""
+    """Draws one frame, after so many tokens; beyond: '', 'asked' or 'answered'."""
     fig.clear()
     fig.set_layout_engine("none")                   # places are fixed, or frames would jump
     answer, think, logp = (numbers[key] for key in ("answer", "think", "logp"))
@@ -158,7 +151,6 @@ def frame(fig, numbers, shown, beyond):
             write(x, 0.07, f"{name} says {further[key]} {mark}", 20, COLOURS[colour])
 
 def show(numbers):
-    """The same as text, a line per state."""
     answer, further = numbers["answer"], numbers["beyond"]
     left = [numbers["question"], *numbers["think"].split(";")]
     width = max(map(len, left))

@@ -344,5 +344,5 @@ def test_a_checksum_is_of_what_was_loaded(base, tmp_path, monkeypatch):
         path.write_bytes(b"the next one")
         return found
     monkeypatch.setattr(train, "load_model", load_model)
-    runs = Runs(Analyze(sft=str(tmp_path)), torch.device("cpu"))
+    runs = Runs(Analyze(sft=str(tmp_path)), torch.device("cpu"), {}, {})
     assert runs.checkpoints == {} and checksum(runs.sft()) == runs.checkpoints[str(tmp_path)]
