@@ -20,7 +20,7 @@ import numpy as np
 
 from data import arithmetic
 from experiments.arms import share, train_arms
-from experiments.curve import in_context
+from experiments.curve import LEAST, in_context
 from experiments.figure import BESIDE, losses, panels
 from lab.run import checksum, device_of
 from lab.score import right
@@ -38,7 +38,6 @@ ARMS = {
     OF_THREE: "--steps=667 --direct=3",
     "half the steps": "--steps=250",
     "twice the steps": "--steps=1000"}
-LEAST = 0.5                         # nats
 
 
 def measure(c, runs):

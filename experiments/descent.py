@@ -34,10 +34,11 @@ from meta import load_meta
 
 CLAIM = "Eq. 4: a trajectory's update is a descent, not something written down"
 TRAINS = True
-OWN, NONSENSE = "own targets", ("permuted", "constant", "random")
+OWN = "own targets"
 ARMS = {
     OWN: f"{META}=2400",
-    **{f"{name} targets": f"{META}=2400 --targets={name}" for name in NONSENSE},
+    **{f"{name} targets": f"{META}=2400 --targets={name}"
+       for name in ("permuted", "constant", "random")},
     "a learned write": f"{META}=1500 --update=write --fast=*.up,*.down --alpha=1",
     "a register": f"{META}=2400 --update=register --fast=1.down --alpha=1",
     "no inner loop": f"{META}=3200 --algo=none",
@@ -54,39 +55,32 @@ def measure(c, runs):
     questions = held_out("expr", 6, c.questions)
     for name, seeds in chains.items():
         logs = [[line["L_q"] for line in read_log(chain[-1].folder)] for chain in seeds]
-        whole = len(logs[0]) // WINDOW * WINDOW
-        curves[name] = np.array([log[:whole] for log in logs]).reshape(len(seeds), -1, WINDOW)
-        curves[name] = curves[name].mean(2)
-        if name in (OWN, *RIVALS):
-            own_loss[name] = np.array([before_and_after(c, chain[-1], questions)
-                                       for chain in seeds])
+        curves[name] = np.array(logs).reshape(len(seeds), -1, WINDOW).mean(2)
+        for chain in seeds if name in (OWN, *RIVALS) else []:
+            model, inner, _ = load_meta(chain[-1].folder / "ckpt.pt", device_of(c))
+            rows, asked = step.trials(model, questions, "states", random.Random("descent"))
+            losses = step.along_the_step(model, inner, rows, asked, (0, 1))["L_support"]
+            own_loss.setdefault(name, []).append(losses.mean(0))
     return arms, curves, own_loss, commonest(questions)
-
-def before_and_after(c, stage, questions):
-    """The trajectory's own loss at temperature 1, per token, at theta and at theta' -> (2,)."""
-    model, inner, _ = load_meta(stage.folder / "ckpt.pt", device_of(c))
-    rows, asked = step.trials(model, questions, "states", random.Random("descent"))
-    return step.along_the_step(model, inner, rows, asked, (0, 1))["L_support"].mean(0)
 
 def judge(raw):
     arms, curves, own_loss, chance = raw
     score = {name: arm.scores["sibling"] for name, arm in arms.items()}
     lead = {name: score[OWN] - score[name] for name in RIVALS}
-    fall = own_loss[OWN][:, 0] - own_loss[OWN][:, 1]
-    margins = {
+    fall = -np.diff(own_loss[OWN], axis=1)
+    verdicts, gaps = decide_all({
         "descent":
             {f"own - {name} - 20 points": gap - 0.2 for name, gap in lead.items()}
-            | {"own loss before - after": np.repeat(fall[:, None], len(score[OWN][0]), 1)},
+            | {"own loss before - after": np.repeat(fall, len(score[OWN][0]), 1)},
         "a learned write":
             {f"20 points - (own - {name})": 0.2 - gap for name, gap in lead.items()},
         "an inner loop": {"own - no inner loop": score[OWN] - score["no inner loop"]},
         "as good as the context":
-            {"own - in the context + 3 points": score[OWN] - score["in the context"] + 0.03}}
-    verdicts, gaps = decide_all(margins)
+            {"own - in the context + 3 points": score[OWN] - score["in the context"] + 0.03}})
     return verdicts, {
         "gaps": gaps, "arms": kept(arms), "commonest": round(chance, 4),
         "curves": {name: y.round(4).tolist() for name, y in curves.items()},
-        "own loss": {name: y.round(4).tolist() for name, y in own_loss.items()}}
+        "own loss": {name: np.round(y, 4).tolist() for name, y in own_loss.items()}}
 
 def draw(numbers):
     fig, curves, right = panels(2, 4.8, 3.4)

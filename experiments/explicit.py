@@ -85,19 +85,17 @@ def judge(raw):
     table, lines, curves = raw
     size, largest = next(iter(table.items()))
 
-    def gap(kind, a, b, bonus=0.0):
-        return largest[kind][a].astype(float) - largest[kind][b] + bonus
+    moved = {kind: row["theta_prime"].astype(float) for kind, row in largest.items()}
     margins = {
         "it carries results":
-            {f"{kind}: theta' - theta": gap(kind, "theta_prime", "theta") for kind in CARRIED}
-            | {"cut: theta' - after another's": largest["cut"]["theta_prime"].astype(float)
-               - largest["other"]["theta_prime"]},
+            {f"{kind}: theta' - theta": moved[kind] - largest[kind]["theta"] for kind in CARRIED}
+            | {"cut: theta' - after another's": moved["cut"] - moved["other"]},
         "it leaves the rest alone":
-            {f"{kind}: theta' - theta + 3 points": gap(kind, "theta_prime", "theta", 0.03)
+            {f"{kind}: theta' - theta + 3 points": moved[kind] - largest[kind]["theta"] + 0.03
              for kind in ("fact", "unrelated")},
         "as the context does":
-            {f"{kind}: theta' - context + 3 points": gap(kind, "theta_prime", "in_context", 0.03)
-             for kind in ("cut", "whole")}}
+            {f"{kind}: theta' - context + 3 points": moved[kind] - largest[kind]["in_context"]
+             + 0.03 for kind in ("cut", "whole")}}
     margins["two curves coincide"], found = coincide(curves)
     verdicts, gaps = decide_all(margins)
     return verdicts, found | {
