@@ -157,8 +157,9 @@ def run(name: str, c, device, models: dict) -> dict:
                 "experiment": name, "claim": experiment.CLAIM,
                 "criterion": inspect.getdoc(experiment) or "",      # none under python -OO
                 "verdicts": [verdicts for verdicts, _ in judged], "numbers": judged[0][1],
-                "gaps": [{f"{part}, {name}": gap for part, row in numbers.get("gaps", {}).items()
-                          for name, gap in row.items() if gap} for _, numbers in judged],
+                "gaps": [{f"{part}, {margin}": gap
+                          for part, margins in numbers.get("gaps", {}).items()
+                          for margin, gap in margins.items() if gap} for _, numbers in judged],
                 "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}

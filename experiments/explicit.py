@@ -64,22 +64,17 @@ def measure(c, runs):
                              for q in questions]) for where in WHERE}
     questions = held_out("expr", largest, c.questions // 2)
     rng = random.Random(f"{c.seed}/explicit")
-    return table, lines, both_curves(model, inner, questions, config.style, rng)
-
-def both_curves(model, inner, questions, style, rng):
-    """Losses of questions after 0, 1, ... steps of their own trajectory, in the context and in the
-    weights."""
-    steps = [arithmetic.steps(q, rng, style)[0] for q in questions]
-    orders = [arithmetic.steps(q, rng, style)[0] for q in questions]
-
+    steps, orders = ([arithmetic.steps(q, rng, config.style)[0] for q in questions]
+                     for _ in range(2))
     theirs = others_of(questions, list(zip(questions, steps)), rng)
     other = explicit_curves(model, inner, questions, [t for _, t in theirs],
                             [o for o, _ in theirs])
-    return {"context": in_context(model, questions, steps),
-            "reordered": in_context(model, questions, orders),
-            "weights": np.stack(explicit_curves(model, inner, questions, steps)),
-            "predicted": foretold(model, questions, steps),
-            "other": np.stack(other)}
+    return table, lines, {
+        "context": in_context(model, questions, steps),
+        "reordered": in_context(model, questions, orders),
+        "weights": np.stack(explicit_curves(model, inner, questions, steps)),
+        "predicted": foretold(model, questions, steps), "other": np.stack(other)}
+
 
 def judge(raw):
     table, lines, curves = raw

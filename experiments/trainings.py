@@ -67,6 +67,7 @@ class Comparison:
     def __init__(self, text: str, claim: str, asked: dict, parts: dict):
         self.__doc__, self.CLAIM = text.strip() + RULE, claim
         self.asked, self.parts = asked, parts
+        self.pairs = [pair for pairs in parts.values() for pair in pairs]
 
     def measure(self, c, runs) -> dict:
         """-> {cells: ({name: Arm}, share of the commonest digit)}."""
@@ -74,14 +75,11 @@ class Comparison:
             fail(f"--cells={c.cells}: this comparison asks {' and '.join(self.asked)}")
         raw = {}
         for cells, arms in self.asked.items():
-            metrics = {metric for _, _, metric, where in self.pairs() if where == cells}
+            metrics = {metric for _, _, metric, where in self.pairs if where == cells}
             found = run_arms(c, arms, cells, 32 * bool(metrics & {"pass", "mg"}))
             questions = [q for cell in cells_of(cells) for q in held_out(*cell, c.questions)]
             raw[cells] = found, commonest(questions)
         return raw
-
-    def pairs(self) -> list:
-        return [pair for pairs in self.parts.values() for pair in pairs]
 
     def judge(self, raw):
         verdicts, gaps, dots = {}, {}, {}
@@ -98,7 +96,7 @@ class Comparison:
             if max(levels) < FLOOR:
                 verdicts[part] = "not testable here"
             dots[part] = {name: gap.mean(1).round(4).tolist() for name, gap in margins.items()}
-        shown = dict.fromkeys((cells, metric) for _, _, metric, cells in self.pairs())
+        shown = dict.fromkeys((cells, metric) for _, _, metric, cells in self.pairs)
         asked = {cells: {"arms": kept(arms), "commonest": round(chance, 4)}
                  for cells, (arms, chance) in raw.items()}
         return verdicts, {"gaps": gaps, "dots": dots, "shown": list(shown), "asked": asked}
