@@ -32,6 +32,7 @@ from lab.run import ROOT, checksum, device_of, read_log
 from lab.score import held_out, mg_pass_at_k, pass_at_k, right, sampled
 from lab.verdict import over_seeds
 
+
 class Arm(NamedTuple):
     """What became of an arm."""
     scores: dict                    # {metric: (seeds, questions)}

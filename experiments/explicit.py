@@ -66,9 +66,8 @@ def measure(c, runs):
     rng = random.Random(f"{c.seed}/explicit")
     steps, orders = ([arithmetic.steps(q, rng, config.style)[0] for q in questions]
                      for _ in range(2))
-    theirs = others_of(questions, list(zip(questions, steps)), rng)
-    other = explicit_curves(model, inner, questions, [t for _, t in theirs],
-                            [o for o, _ in theirs])
+    others, theirs = zip(*others_of(questions, list(zip(questions, steps)), rng))
+    other = explicit_curves(model, inner, questions, theirs, others)
     return table, lines, {
         "context": in_context(model, questions, steps),
         "reordered": in_context(model, questions, orders),
@@ -79,7 +78,6 @@ def measure(c, runs):
 def judge(raw):
     table, lines, curves = raw
     size, largest = next(iter(table.items()))
-
     moved = {kind: row["theta_prime"].astype(float) for kind, row in largest.items()}
     margins = {
         "it carries results":

@@ -150,14 +150,15 @@ PART = {
     "its own question never asked": f"{META}=2400 --itself=no",
     "no inner loop": f"{META}=3200 --algo=none"}
 
-def against(better, worse, metrics=("exact",), cells=("expr:5",)) -> list:
+def against(better, worse, metrics=("exact",), cells=("expr:6",)) -> list:
     """Pairs of arms, every one with every other, in all metrics and cells."""
     return [(a, b, metric, where) for a in better for b in worse
             for metric in metrics for where in cells]
 
 def updates(metric: str) -> list:
     return [pair for steps in (24, 96) for pair in against(
-        [f"16 of 16, {steps} steps"], [f"{n} of 16, {steps} steps" for n in (4, 2)], [metric])]
+        [f"16 of 16, {steps} steps"], [f"{n} of 16, {steps} steps" for n in (4, 2)], [metric],
+        ["expr:5"])]
 
 TABLE = {
     "methods": Comparison("""
@@ -172,7 +173,7 @@ Table 3, from a pool: SFT's data is perfect and unlimited here, which favours it
     with a trajectory each, GRPO on the same questions after SFT beats going on with SFT.""",
         "Tables 2, 3: SFT gives a better inner loop than RL, and RL is better after SFT",
         {"expr:5": METHODS},
-        {part: against([a], [b], ["exact", "mg"]) for part, a, b in (
+        {part: against([a], [b], ["exact", "mg"], ["expr:5"]) for part, a, b in (
             ("Table 2", "SFT", "GRPO"), ("Table 3", "SFT, then GRPO", "GRPO"),
             ("Table 3, stronger", "SFT, then GRPO", "SFT"),
             ("Table 3, from a pool", "pool: SFT, then GRPO", "pool: SFT, longer"))}),
@@ -225,7 +226,7 @@ before the last block: MAML, whose inner loop moves the block before it, beats A
     loop moves the last one.""",
         "Eq. 8: the second-order path from the answer through the trajectory's update matters",
         {"expr:6": ORDER},
-        {part: against(["MAML"], [other], ["sibling", "beyond"], ["expr:6"])
+        {part: against(["MAML"], [other], ["sibling", "beyond"])
          for part, other in (("an inner loop", "no inner loop"), ("the second order", "FOMAML"),
                              ("before the last block", "ANIL"))}),
     "parts": Comparison("""
@@ -245,9 +246,7 @@ trained in: asked the trajectory's own question, its last state missing, theta' 
     meta-training asked that as well.""",
         "Eq. 4: a trajectory's steps add up, each being an update of its own",
         {"expr:6": PART},
-        {"every part": against([*PART][:1], [*PART][1:5], ["sibling"], ["expr:6"]),
-         "at once": against([*PART][:1], ["state after state"], ["sibling", "beyond"], ["expr:6"]),
-         "it adds up": against(["what was done"], ["no inner loop"], ["sibling", "beyond"],
-                               ["expr:6"]),
-         "trained in": against([*PART][:1], ["its own question never asked"], ["cut"],
-                               ["expr:6"])})}
+        {"every part": against([*PART][:1], [*PART][1:5], ["sibling"]),
+         "at once": against([*PART][:1], ["state after state"], ["sibling", "beyond"]),
+         "it adds up": against(["what was done"], ["no inner loop"], ["sibling", "beyond"]),
+         "trained in": against([*PART][:1], ["its own question never asked"], ["cut"])})}
