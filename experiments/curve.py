@@ -197,7 +197,6 @@ def jumps(correct, predicted):
     return at == foretold[falls].argmax(1), round(float(commonest), 3)
 
 
-
 def draw(numbers):
     fig, front, kinds, law, single = panels(2, 4.6, 3.1, rows=2)
     means, grey = numbers["means"], "#bbbbbb"

@@ -102,7 +102,6 @@ class Comparison:
         return verdicts, {"gaps": gaps, "dots": dots, "shown": list(shown), "asked": asked}
 
 
-
 # ------------------------------------------------------------------------------------- the table
 
 BASE = "--steps=500 --domains=expr --style=states,short,filler"
