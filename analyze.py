@@ -37,22 +37,14 @@ def prefix_logp(model, questions: list, thinks: list, size: int = 64) -> list:
     (data/text.py)."""
     out = []
     for first in range(0, len(questions), size):
-        rows, befores, asides = [], [], []
+        rows = []
         for q, think in zip(questions[first:first + size], thinks[first:first + size]):
-            head, t = text.prompt(q.text), text.encode(think)
-            rows.append([*head, text.END_THINK])
-            befores.append([text.PAD, *head])
-            asides.append([0] * len(head) + [1])
-            for previous, token in zip([head[-1], *t], t):
-                rows[-1] += [token, text.END_THINK]
-                befores[-1] += [previous, token]
-                asides[-1] += [0, 1]
-        ids, before, aside = (text.padded(part, text.PAD, model.device)
-                              for part in (rows, befores, asides))
-        aside = aside == 1
-        logits = model.logits(model(ids, before, text.aside_mask(aside)))   # (B, T, V)
-        logp = logits.log_softmax(-1)[..., :DIGITS]
-        out += [logp[i, aside[i]].cpu().numpy() for i in range(len(rows))]
+            head, trunk = text.prompt(q.text), text.prompt(q.text) + text.encode(think)
+            rows.append(text.asked_after(trunk, range(len(head), len(trunk) + 1)))
+        batch = text.batch(rows, model.device)
+        at_asides = model(**batch.inputs())[:, batch.trunk:]                # (B, T, C)
+        logp = model.logits(at_asides).log_softmax(-1)[..., :DIGITS].cpu().numpy()
+        out += [logp[i, :len(row.asides)] for i, row in enumerate(rows)]
     return out
 
 def curves_of(model, questions: list, thinks: list, answers: list = None) -> list:

@@ -129,8 +129,7 @@ class Inner(nn.Module):
         for i in range(int(support.step.max()) + 1):
             earlier = (support.inner >= 0) & (support.step < i) & (support.ids != text.THINK)
             inner = support.inner.masked_fill(support.step != i, text.IGNORE)
-            aside = support.aside | earlier                 # what nobody else sees
-            parts.append(support._replace(inner=inner, aside=aside, asides=True))
+            parts.append(support._replace(inner=inner, hidden=earlier))
         return parts
 
     def loss(self, model, h, support: text.Batch) -> torch.Tensor:
@@ -289,9 +288,9 @@ def meta_loss(model, inner: Inner, batch: list, algo: str = "maml", joint: float
         at_theta, hook = adapted.at_theta, adapted.hook
     losses = model.score(model(**query.inputs(), hook=hook), query.targets)
     L_q = losses.sum() / (query.targets >= 0).sum()
-    answers = (query.ids == text.END_THINK) & ~query.aside
+    answers = query.ids[:, :query.trunk] == text.END_THINK
     L = train.sft_loss(model.score(at_theta, support.targets), (support.targets >= 0).sum())
-    numbers = {"L_q": losses[answers].mean(), "joint": L}
+    numbers = {"L_q": losses[:, :query.trunk][answers].mean(), "joint": L}
     return L_q + joint * L, {name: float(loss.detach()) for name, loss in numbers.items()}
 
 def meta(c: Meta, given: dict = {}) -> dict:

@@ -143,7 +143,11 @@ class Block(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
             cache[:] = k, v                                 # (B, H, S, D)
-        y = attention(q, k, v, bias).transpose(1, 2).reshape(B, T, C)
+        n = 0 if bias is None else T - bias.size(-2)        # causal ones before those with a mask
+        y = attention(q[:, :, n:], k, v, bias)
+        if n:
+            y = torch.cat((attention(q[:, :, :n], k[:, :, :n], v[:, :, :n]), y), 2)
+        y = y.transpose(1, 2).reshape(B, T, C)
         x = x + self.out(y, hook)
         hidden = self.up(norm(x), hook).relu()
         return x + self.down(hidden, hook)
@@ -174,9 +178,9 @@ class Model(nn.Module):
     def forward(self, ids, before=None, mask=None, cache=None, hook=None):
         """Reads ids (B, T) -> normalised hidden states (B, T, C).
 
-        before (B, T): the token before each, default that on its left. mask (B or 1, 1, T, S)
-        bool: who sees whom, default causal. cache: from `new_cache`; keys and values are added to
-        it, S counts them all. hook: see above."""
+        before (B, T): the token before each, default that on its left. mask (B or 1, 1, M, S)
+        bool: whom each of the last M tokens sees; the others are causal. cache: from `new_cache`;
+        keys and values are added to it, S counts them all. hook: see above."""
         if before is None:
             before = F.pad(ids[:, :-1], (1, 0), value=PAD)
         # </think> comes in the same with a trajectory and without: only attention tells it more.

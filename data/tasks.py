@@ -65,6 +65,6 @@ def query(tasks: list, device="cpu", shown: bool = False) -> text.Batch:
     rows = [text.row(q.text, task.steps if shown else [], q.answer, asides=False, brackets=True)
             for task in tasks for q in task.queries]
     for row in rows if shown else []:
-        row.targets[:] = [text.IGNORE if inner >= 0 else target
-                          for inner, target in zip(row.inner, row.targets)]
+        row.trunk[:] = [token._replace(target=text.IGNORE) if token.inner >= 0 else token
+                        for token in row.trunk]
     return text.batch(rows, device)

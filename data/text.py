@@ -2,9 +2,9 @@
 on what stands before it.
 
 A sequence is `<bos> q <think> t </think> a <eos>`; without thinking, `<bos> q <think></think> a
-<eos>`. A training row asks for the answer after every state: at the question's end and at the end
-of every state stands one more `</think>`, an *aside*. Its target is the answer. It sees everything
-before it but other asides, and nobody sees it: for the rest of the row it is not there.
+<eos>`. A training row asks for the answer after every state: beside this *trunk* it has *asides*,
+one for the question's end and one for the end of every state. An aside is one more `</think>`, its
+target is the answer. It sees the trunk as far as its place, and nobody sees it.
 
 Here are the vocabulary, the rows, the padding of the whole project, and a `Mix` that draws training
 samples.
@@ -12,6 +12,7 @@ samples.
 import random
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -58,14 +59,19 @@ def prompt(question: str, think: str = None) -> list:
 
 # ------------------------------------------------------------------------------------------- rows
 
+class Token(NamedTuple):
+    """A place of a training row."""
+    id: int = PAD
+    before: int = PAD               # the token that stands before it, asides not counted
+    target: int = IGNORE            # the next token, at an aside the answer; IGNORE: none
+    inner: int = IGNORE             # t </think>: what the inner loop of meta.py learns from
+    step: int = 0                   # which state the inner target belongs to
+    place: int = 0                  # how many tokens of the trunk stand before it
+
 class Row(NamedTuple):
-    """One sequence, as lists with an entry per token."""
-    ids: list
-    before: list                    # the token that stands before it, asides not counted
-    targets: list                   # the next token, at an aside the answer; IGNORE: none
-    inner: list                     # t </think>: what the inner loop of meta.py learns from
-    step: list                      # which state the inner target belongs to
-    aside: list                     # is this token an aside?
+    """One sequence, and its asides."""
+    trunk: list                     # Tokens
+    asides: list                    # Tokens
 
 
 def row(question: str, steps: list, answer: str, asides: bool = True, whole: bool = True,
@@ -85,7 +91,7 @@ def row(question: str, steps: list, answer: str, asides: bool = True, whole: boo
     if brackets:                                            # <bos> shifts the question by one
         asked |= {i + 1: encode(value)[0] for i, value in arithmetic.brackets(question).items()}
 
-    row, state = Row([], [], [], [], [], []), 0
+    row, state = Row([], []), 0
     for i, token in enumerate(trunk[:-1]):
         following = trunk[i + 1]
         inside = think <= i <= last                         # what follows is t, or closes it
@@ -94,53 +100,69 @@ def row(question: str, steps: list, answer: str, asides: bool = True, whole: boo
             target = IGNORE
         state += token == SEPARATOR
         inner = following if inside else IGNORE
-        entries = [(token, trunk[i - 1] if i else PAD, target, inner, state, False)]
+        row.trunk.append(Token(token, trunk[i - 1] if i else PAD, target, inner, state, i))
         if i in asked:
-            entries.append((END_THINK, token, asked[i], IGNORE, state, True))
-        for entry in entries:
-            for column, value in zip(row, entry):
-                column.append(value)
+            row.asides.append(Token(END_THINK, token, asked[i], IGNORE, state, i + 1))
     return row
+
+def asked_after(trunk: list, places) -> Row:
+    """Writes ids, with an aside after the first `place` of them for each of `places`, as a row that
+    nothing is learned from."""
+    tokens = [Token(token, before, place=i)
+              for i, (token, before) in enumerate(zip(trunk, [PAD, *trunk]))]
+    return Row(tokens, [Token(END_THINK, trunk[place - 1], place=place) for place in places])
 
 
 class Batch(NamedTuple):
-    """Rows one below the other, padded on the right, tensors all (R, T)."""
+    """Rows one below the other, tensors all (R, T): on the left the trunks, padded on the right,
+    then the asides, padded too."""
     ids: torch.Tensor
     before: torch.Tensor
     targets: torch.Tensor
     inner: torch.Tensor
     step: torch.Tensor
-    aside: torch.Tensor             # bool
-    asides: bool                    # is there any?
+    place: torch.Tensor
+    trunk: int                      # tokens of the longest trunk
+    hidden: torch.Tensor = None     # bool: what nobody sees but itself
 
     def inputs(self) -> dict:
-        """What a model wants to know: `model(**batch.inputs())`. Rows without asides are causal and
-        need no mask: the padding stands behind what counts. A GPU is faster without one."""
-        mask = aside_mask(self.aside) if self.asides else None
-        return {"ids": self.ids, "before": self.before, "mask": mask}
+        """What a model wants to know: `model(**batch.inputs())`. A trunk is causal and needs no
+        mask: its padding stands after what counts. A GPU's fastest attention takes none, so only
+        asides, which see their trunk as far as their place, get one there."""
+        T, masked = self.ids.size(1), self.ids.size(1) - self.trunk
+        if self.hidden is not None or masked and not self.ids.is_cuda:
+            masked = T                      # a CPU takes longer for two kinds of attention
+        given = {"ids": self.ids, "before": self.before}
+        if not masked:
+            return given
+        places = torch.arange(T, device=self.ids.device)
+        seen = places < self.place[:, -masked:, None]               # (R, masked, T)
+        if self.hidden is not None:
+            seen = seen & ~self.hidden[:, None]
+        itself = places == places[-masked:, None]
+        return given | {"mask": (seen | itself)[:, None]}
 
     def to(self, device):
-        return Batch(*(x.to(device, non_blocking=True) for x in self[:-1]), self.asides)
-
-def aside_mask(aside: torch.Tensor) -> torch.Tensor:
-    """Tells who sees whom in rows (R, T), aside bool -> (R, 1, T, T) bool: a token sees what stands
-    before it but asides, and itself."""
-    T = aside.size(1)
-    before = torch.ones(T, T, dtype=torch.bool, device=aside.device).tril(-1)
-    itself = torch.eye(T, dtype=torch.bool, device=aside.device)
-    return (before & ~aside[:, None] | itself)[:, None]
+        return Batch(*(x.to(device, non_blocking=True) for x in self[:6]), self.trunk)
 
 def batch(rows: list, device="cpu") -> Batch:
     """Pads Rows, to a multiple of 8 tokens: in bfloat16 a CPU prepares, and keeps, code of 0.7 MB
     for every shape that it multiplies."""
-    fills, T = Row(PAD, PAD, IGNORE, IGNORE, 0, 0), max(len(row.ids) for row in rows)
-    columns = [padded([row[k] for row in rows], fill, device, T=-(-T // 8) * 8)
-               for k, fill in enumerate(fills)]
-    return Batch(*columns[:-1], columns[-1].bool(), any(any(row.aside) for row in rows))
+    trunk, asides = (max(map(len, part)) for part in zip(*rows))
+    T = -(-(trunk + asides) // 8) * 8
+    if not asides:
+        trunk = T
+    filled = []
+    for row in rows:
+        gaps = trunk - len(row.trunk), T - trunk - len(row.asides)
+        tokens = row.trunk + [Token()] * gaps[0] + row.asides + [Token()] * gaps[1]
+        filled.append(list(zip(*tokens)))                           # a column per field
+    columns = torch.from_numpy(np.array(filled)).movedim(1, 0)      # (6, R, T)
+    return Batch(*columns.contiguous().to(device, non_blocking=True), trunk)
 
-def padded(rows: list, fill: int = PAD, device="cpu", left: bool = False, T=0) -> torch.Tensor:
-    """Fills lists of any lengths up on the right, or left -> (N, T or longest) int64."""
-    T = T or max(map(len, rows))
+def padded(rows: list, fill: int = PAD, device="cpu", left: bool = False) -> torch.Tensor:
+    """Fills lists of any lengths up on the right, or left -> (N, longest) int64."""
+    T = max(map(len, rows))
     gaps = [[fill] * (T - len(row)) for row in rows]
     filled = [gap + row if left else row + gap for row, gap in zip(rows, gaps)]
     return torch.tensor(filled, dtype=torch.int64).to(device, non_blocking=True)
@@ -206,4 +228,4 @@ def batch_at(step: int, size: int, mix: Mix, seed: int, asides: bool = True) -> 
     rng = random.Random(f"{seed}/{step}")
     lessons = [mix.lesson(rng) for _ in range(size)]
     rows = [row(q.text, steps, q.answer, asides) for q, steps in lessons]
-    return sorted(rows, key=lambda r: -len(r.ids))
+    return sorted(rows, key=lambda r: -len(r.trunk) - len(r.asides))

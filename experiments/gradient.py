@@ -54,31 +54,28 @@ def measure(c, runs):
 def at_patched(model, q, think):
     """Asks at theta + dW_i, without a trajectory, for all N prefixes of one -> ({member: [p (N,
     out), z (N, in), gradient D at the outputs (N, out), of every layer]}, NLL (N,)). dW is p z^T,
-    in `last bias` but for a constant. All stands in one row: a `</think>` after every token, then
-    as many that see the question alone, to be patched as in `analyze.exact_patches`."""
-    head, t, end = text.prompt(q.text), text.encode(think), text.END_THINK
-    row = [*head, end, *(x for token in t for x in (token, end)), *[end] * (len(t) + 1)]
-    first, bare = len(head), len(row) - len(t) - 1      # where the two kinds of `</think>` begin
-    ids, before = torch.tensor([[row], [[text.PAD, *row[:-1]]]], device=model.device)
-    before[:, first + 1:bare:2] = ids[:, first - 1:bare - 2:2]
-    mask = text.aside_mask(ids == end)
-    mask[:, :, bare:, first:bare] = False
+    in `last bias` but for a constant. All stands in one row: an aside after every token, then as
+    many that see the question alone, to be patched as in `analyze.exact_patches`."""
+    head, trunk, n = text.prompt(q.text), text.prompt(q.text) + text.encode(think), len(think) + 1
+    places = [*range(len(head), len(trunk) + 1), *[len(head)] * n]
+    batch = text.batch([text.asked_after(trunk, places)], model.device)
+    first, bare, end = (batch.trunk + i * n for i in range(3))      # of the two kinds of asides
     wanted, layers, outputs = {}, [], []
 
     def patch(name, x, y):
         block, kind = name.split(".")
-        z, lack = x[0, bare:], (y[0, first:bare:2] - y[0, bare:]).detach()
-        wanted[name] = y[0, first:bare:2].detach(), lack
+        z, lack = x[0, bare:end], (y[0, first:bare] - y[0, bare:end]).detach()
+        wanted[name] = y[0, first:bare].detach(), lack
         if kind in ("qkv", "out"):
             return y
         if kind == "down":
             z, lack = torch.ones_like(z[:, :1]), wanted[f"{block}.out"][1]
         p = lack / z.detach().square().sum(1, keepdim=True)
         layers.append((p, z.detach()))
-        outputs.append(y[0, bare:] + (z * z.detach()).sum(1, keepdim=True) * p)
-        return torch.cat((y[:, :bare], outputs[-1][None]), 1)
+        outputs.append(y[0, bare:end] + (z * z.detach()).sum(1, keepdim=True) * p)
+        return torch.cat((y[:, :bare], outputs[-1][None], y[:, end:]), 1)
 
-    h = model(ids, before, mask, hook=patch)[0, bare:]
+    h = model(**batch.inputs(), hook=patch)[0, bare:end]
     nll = -model.logits(h).log_softmax(-1)[:, int(q.answer)]
     gradients = torch.autograd.grad(nll.sum(), outputs)
     every = [[v.double() for v in (*layer, D)] for layer, D in zip(layers, gradients)]

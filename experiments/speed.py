@@ -105,7 +105,7 @@ def pairs(model, inner, size):
             with patch("model.attention", f):
                 by_dual(model, inner, long)
         yield (f"meta-gradients of {T} tokens: attention written out / fused forward",
-               lambda: with_attention(lambda q, k, v, bias: weights(q, k, bias) @ v),
+               lambda: with_attention(lambda q, k, v, bias=None: weights(q, k, bias) @ v),
                lambda: with_attention(Attention.apply))
 
 def steps(preset, dtype, device) -> dict:

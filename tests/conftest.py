@@ -61,11 +61,11 @@ def logp_at_end(model, ids, weights={}):
 def slow_nll(model, row, weights={}):
     """-log p of every target of a Row, each from a plain row that ends there: no mask, no asides
     -> [tensor]."""
-    trunk, losses = [], []
-    for token, target, aside in zip(row.ids, row.targets, row.aside):
-        before, trunk = trunk, trunk if aside else [*trunk, token]
-        if target >= 0:
-            losses.append(-logp_at_end(model, [*before, token], weights)[target])
+    trunk, losses = [token.id for token in row.trunk], []
+    for token in (*row.asides, *row.trunk):
+        if token.target >= 0:
+            ids = [*trunk[:token.place], token.id]
+            losses.append(-logp_at_end(model, ids, weights)[token.target])
     return losses
 
 def same(a, b):

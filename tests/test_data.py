@@ -190,31 +190,35 @@ def spelt(ids):
     """A letter per id: B <bos>, T <think>, E </think>, $ <eos>, _ nothing."""
     return "".join(LETTERS.get(int(i)) or text.CHARS[i] for i in ids)
 
-@pytest.mark.parametrize("options,expected", [
-    ({}, ["B(3+5)*2TE8*2E;6E6", "_B(3+5)*2TT8*22;6E", "________86*2;66E6$",
-          "________8_*2;_6E__", "000000000000001111", [9, 13]]),
-    ({"whole": False}, ["B(3+5)*2TE8*2E;6E6", "_B(3+5)*2TT8*22;6E", "________86*2;66_6$",
-                        "________8_*2;_6E__", "000000000000001111", [9, 13]]),
+@pytest.mark.parametrize("options,expected,asides", [
+    ({}, ["B(3+5)*2T8*2;6E6", "_B(3+5)*2T8*2;6E", "________8*2;6E6$", "________8*2;6E__",
+          "0000000000001111"], ["ET6_ 0 9", "E26_ 0 12"]),
+    ({"whole": False}, ["B(3+5)*2T8*2;6E6", "_B(3+5)*2T8*2;6E", "________8*2;6_6$",
+                        "________8*2;6E__", "0000000000001111"], ["ET6_ 0 9", "E26_ 0 12"]),
     ({"asides": False}, ["B(3+5)*2T8*2;6E6", "_B(3+5)*2T8*2;6E", "________8*2;6E6$",
-                         "________8*2;6E__", "0000000000001111", []]),
-    ({"steps": []}, ["B(3+5)*2TE6", "_B(3+5)*2TE", "_________6$", "________E__", "0" * 11, []]),
-    ({"steps": [], "brackets": True}, ["B(3+5)E*2TE6", "_B(3+5))*2TE", "______8___6$",
-                                       "_________E__", "0" * 12, [6]])])
-def test_a_row_is_the_one_worked_out_by_hand(options, expected):
-    """ids, the token before, targets, targets of the inner loop, states, where asides stand."""
+                         "________8*2;6E__", "0000000000001111"], []),
+    ({"steps": []}, ["B(3+5)*2TE6", "_B(3+5)*2TE", "_________6$", "________E__", "0" * 11], []),
+    ({"steps": [], "brackets": True}, ["B(3+5)*2TE6", "_B(3+5)*2TE", "_________6$", "________E__",
+                                       "0" * 11], ["E)8_ 0 6"])])
+def test_a_row_is_the_one_worked_out_by_hand(options, expected, asides):
+    """ids, the token before, targets, targets of the inner loop, states; of asides the place, too:
+    how much they see."""
     row = text.row(**{"question": "(3+5)*2", "steps": ["8*2", "6"], "answer": "6", **options})
-    asides = [i for i, aside in enumerate(row.aside) if aside]
-    assert [*map(spelt, row[:4]), "".join(map(str, row.step)), asides] == expected
+    *columns, steps, places = zip(*row.trunk)
+    assert [*map(spelt, columns), "".join(map(str, steps))] == expected
+    assert places == tuple(range(len(row.trunk)))
+    assert [f"{spelt(t[:4])} {t.step} {t.place}" for t in row.asides] == asides
 
 def test_batches_are_padded_rows_and_a_function_of_seed_and_step():
     rows = text.batch_at(7, 40, text.Mix(), 0)
     assert rows == text.batch_at(7, 40, text.Mix(), 0) != text.batch_at(8, 40, text.Mix(), 0)
     assert rows != text.batch_at(7, 40, text.Mix(), 1)
-    fills = (text.PAD, text.PAD, -100, -100, 0, 0)
-    T = -(-len(rows[0].ids) // 8) * 8               # few shapes: a CPU keeps code for each
-    for column, parts, fill in zip(text.batch(rows)[:-1], zip(*rows), fills, strict=True):
-        assert torch.equal(column, text.padded(list(parts), fill, T=T).to(column.dtype))
-        assert column.size(1) == T and (column[:, len(rows[0].ids):] == fill).all()
+    batch = text.batch(rows)
+    assert batch.ids.size(1) % 8 == 0               # few shapes: a CPU keeps code for each
+    for i, row in enumerate(rows):
+        tokens = [text.Token(*map(int, column)) for column in zip(*(x[i] for x in batch[:6]))]
+        for part, found in zip(row, (tokens[:batch.trunk], tokens[batch.trunk:]), strict=True):
+            assert found == part + [text.Token()] * (len(found) - len(part))
 
 def test_a_pool_holds_the_same_questions_whatever_its_support():
     mix = text.Mix(domains=("sum",), operands=(6,), styles=("orders",))
@@ -244,19 +248,19 @@ def bracket_at_end(s):
 
 def asked(row):
     """[(the question that an aside or the end asks, its target)] of a Row."""
-    found, before = [], ""
-    for i, (token, target) in enumerate(zip(row.ids, row.targets)):
-        if token == text.END_THINK and 0 <= target < 10:
-            question = before[1:].partition("T")[0]
-            found.append((question if "T" in before else bracket_at_end(question), target))
-        before += "" if row.aside[i] else spelt([token])
+    found, trunk = [], spelt(token.id for token in row.trunk)
+    for token in (*row.asides, *row.trunk):
+        if token.id == text.END_THINK and 0 <= token.target < 10:
+            question, thinks, _ = trunk[1:token.place].partition("T")
+            found.append((question if thinks else bracket_at_end(question), token.target))
     return found
 
 def nothing_held_out(row):
     """Neither shown nor asked; and the digits asked for are right."""
-    assert not held_out(shown(row.ids)), shown(row.ids)
+    read = [token.id for token in row.trunk]
+    assert not held_out(shown(read)), shown(read)
     for question, digit in asked(row):
-        assert not held_out(question) and eval(question) % 10 == digit, (spelt(row.ids), question)
+        assert not held_out(question) and eval(question) % 10 == digit, (spelt(read), question)
 
 @pytest.mark.parametrize("mix", [
     text.Mix(), text.Mix(styles=arithmetic.STYLES), text.Mix(direct=3), text.Mix(direct=6, ops="+"),

@@ -85,14 +85,15 @@ def test_the_kernel_of_every_kind_is_the_tables():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("asides", (True, False))
-def test_a_gpu_runs_that_kernel_and_no_other(dtype, asides):
+def test_a_gpu_runs_these_kernels_and_no_other(dtype, asides):
     """Training rows with asides and without, forward, backward and twice: a fallback is refused."""
     one = Model(Config(text.VOCAB, layers=2)).cuda()
     one.dtype, batch = dtype, text.batch(some_rows(asides), "cuda")
-    name = backend_of(dtype, asides, not asides, torch.cuda.get_device_capability())
-    kernel = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-              "math": SDPBackend.MATH}[name]
-    with sdpa_kernel([kernel]):
+    card, kernels = torch.cuda.get_device_capability(), {
+        "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH}
+    names = {backend_of(dtype, mask, not mask, card) for mask in {False, asides}}
+    with sdpa_kernel([kernels[name] for name in names]):
         loss = one.score(one(**batch.inputs()), batch.targets).mean()
         grads = torch.autograd.grad(loss, list(one.parameters()), create_graph=True)
         (loss + sum(g.square().sum() for g in grads)).backward()
@@ -129,6 +130,9 @@ def test_more_keys_than_queries_without_a_mask_are_refused(S):
         attention(*qkv(3, S), None)
 
 
+class SaysItIsOnCuda(torch.Tensor):
+    is_cuda = True
+
 def some_rows(asides=True):
     rng = random.Random(1)
     questions = [arithmetic.draw(rng, "expr", n) for n in (3, 6, 4)]
@@ -136,33 +140,44 @@ def some_rows(asides=True):
             for q in questions]
 
 def test_asides_change_nothing_for_the_rest_and_say_what_a_row_that_ends_there_says(tiny):
-    for row in some_rows():
-        batch, trunk = text.batch([row]), []
-        h, real = tiny(**batch.inputs())[0], ~batch.aside[0] & (batch.ids[0] != text.PAD)
-        close(h[real], tiny(batch.ids[:, real])[0])
-        for i, (token, aside) in enumerate(zip(row.ids, row.aside)):
-            if aside:
-                close(h[i], tiny(torch.tensor([[*trunk, text.END_THINK]]))[0, -1])
-            trunk += [] if aside else [token]
-        assert sum(row.aside) >= 2
+    rows = some_rows()
+    batch = text.batch(rows)
+    for row, h in zip(rows, tiny(**batch.inputs())):
+        trunk = [token.id for token in row.trunk]
+        close(h[:len(trunk)], tiny(torch.tensor([trunk]))[0])
+        for token, at_aside in zip(row.asides, h[batch.trunk:]):
+            close(at_aside, tiny(torch.tensor([[*trunk[:token.place], text.END_THINK]]))[0, -1])
+        assert len(row.asides) >= 2
 
-def test_rows_without_asides_need_no_mask_and_masks_start_where_kernels_read(tiny, monkeypatch):
+@pytest.mark.parametrize("asides", (True, False))
+def test_a_gpus_mask_for_asides_alone_says_what_a_mask_for_all_tokens_does(tiny, asides):
+    batch = text.batch(some_rows(asides))
+    given = batch._replace(ids=batch.ids.as_subclass(SaysItIsOnCuda)).inputs()
+    given["ids"] = batch.ids
+    masked = batch._replace(hidden=torch.zeros_like(batch.ids, dtype=torch.bool)).inputs()
+    assert masked["mask"].size(-2) == batch.ids.size(1)
+    assert ("mask" in given) == asides
+    assert not asides or given["mask"].size(-2) == batch.ids.size(1) - batch.trunk
+    for h, other, row in zip(tiny(**given), tiny(**masked), some_rows(asides)):
+        close(h[:len(row.trunk)], other[:len(row.trunk)])
+        close(h[batch.trunk:], other[batch.trunk:])
+
+def test_masks_start_where_kernels_read(tiny, monkeypatch):
     """In steps of 8, so that torch copies nothing."""
-    batch, seen = text.batch(some_rows(asides=False)), []
-    given, masked = batch.inputs(), batch._replace(asides=True).inputs()
-    assert given["mask"] is None and masked["mask"] is not None
-    for h, other, row in zip(tiny(**given), tiny(**masked), some_rows(asides=False)):
-        close(h[:len(row.ids)], other[:len(row.ids)])
-    monkeypatch.setattr(model, "attention", lambda q, k, v, bias: seen.append(bias.stride()) or q)
+    seen = []
+    monkeypatch.setattr(model, "attention", lambda q, k, v, bias=None: seen.append(bias) or q)
     tiny(**text.batch(some_rows()[:1]).inputs())
-    tiny(batch.ids[:, :1], mask=torch.ones(3, 1, 1, 1, dtype=torch.bool))
-    assert all(step % 8 == 0 for *steps, last in seen for step in steps if last == 1)
+    tiny(torch.zeros(3, 1, dtype=torch.int64), mask=torch.ones(3, 1, 1, 1, dtype=torch.bool))
+    steps = [bias.stride() for bias in seen if bias is not None]
+    assert len(steps) == 6
+    assert all(step % 8 == 0 for *steps, last in steps for step in steps if last == 1)
 
 def test_padding_changes_nothing(tiny):
     """On the right in batches, on the left where all rows are to end alike."""
     rows, (ids, real) = some_rows(), left_padded(RAGGED, "cpu")
     for row, h in zip(rows, tiny(**text.batch(rows).inputs())):
-        close(h[:len(row.ids)], tiny(**text.batch([row]).inputs())[0, :len(row.ids)])
+        n = len(row.trunk)
+        close(h[:n], tiny(**text.batch([row]).inputs())[0, :n])
     for row, h in zip(RAGGED, tiny(ids, mask=left_mask(real))):
         close(h[-len(row):], tiny(torch.tensor([row]))[0])
         assert h.isfinite().all()
@@ -176,9 +191,6 @@ def test_the_token_before_matters_but_to_the_end_of_thinking(tiny):
         other[0, i] = 7
         assert bool((tiny(ids, other)[0, -1] - tiny(ids)[0, -1]).abs().max() > 1e-6) == matters
 
-
-class SaysItIsOnCuda(torch.Tensor):
-    is_cuda = True
 
 @pytest.mark.parametrize("tau", (1.0, 3.0))
 def test_scores_are_negative_log_likelihoods_on_either_branch(tiny, tau):

@@ -48,7 +48,7 @@ def test_sft_is_the_mean_nll_of_every_target_and_its_gradient(tiny):
     loss.backward()
     close(found, grads(tiny))
     assert numbers == {"loss": pytest.approx(float(loss.detach()), rel=1e-10),
-                       "tokens": sum(len(row.ids) for row in rows)}
+                       "tokens": sum(len(trunk) + len(asides) for trunk, asides in rows)}
 
 def test_policy_loss_equals_a_written_out_loop_with_clipping_on_both_sides():
     torch.manual_seed(0)
