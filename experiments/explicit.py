@@ -51,8 +51,8 @@ def measure(c, runs):
     largest, table, lines = max(config.counts), {}, {}
     for n in (largest, largest + 1):
         questions = held_out("expr", n, c.questions)
-        lines[n] = {"commonest digit": commonest(questions),
-                    "shallow reader": float(np.mean(shallow(questions)))}
+        lines[n] = {"guess the commonest digit": commonest(questions),
+                    "guess by the last operation": float(np.mean(shallow(questions)))}
         table[n], asked = {}, {}
         for kind in LABELS:
             row, batch = outcomes(model, inner, questions, kind, config.style, c.seed)
@@ -125,7 +125,7 @@ def draw(numbers):
         y = numbers["curves"][name]
         band(curves, range(len(y)), y, COLOURS[colour], label)
     predicted = [mean for mean, _, _ in numbers["curves"]["predicted"]]
-    curves.plot(predicted, "k--", lw=1.2, label="what is left, asked alone")
+    curves.plot(predicted, "k--", lw=1.2, label="what is left, as a question")
     losses(curves, title="One trajectory, in the context and in the weights", ylim=(0, 3),
            xlabel="states of the trajectory", ylabel="loss of the answer (nats)")
     n = numbers["largest"]
@@ -140,7 +140,8 @@ def draw(numbers):
         kinds.axvline(share, color="#bbbbbb", lw=0.8, ls=style, zorder=0, label=name)
     kinds.set_yticks(range(len(LABELS)), LABELS.values(), fontsize=7)
     kinds.invert_yaxis()
-    kinds.set(title=f"Asked after a trajectory of {n} operands", xlabel="right", xlim=(0, 1.02))
+    kinds.set(title=f"Asked after a trajectory of {n} numbers", xlabel="share of right answers",
+              xlim=(0, 1.02))
     kinds.legend(**BESIDE)
     return fig
 
