@@ -20,8 +20,7 @@ own outputs: along what the model itself writes, sampled at temperature 1, L_hat
     output ends right, and rises where it ends wrong.
 
 Supported where all 95 % intervals over questions lie above 0, refuted where one lies below, else
-inconclusive. Shown without a verdict: the last state swapped for another question's; a detour back
-to a longer state.
+inconclusive. Shown without a verdict: the last state swapped for another question's.
 """
 import random
 from itertools import accumulate
@@ -46,11 +45,11 @@ KINDS = {"correct": "right", "wrong": "with a mistake", "other": "another questi
 
 
 def measure(c, runs):
-    """-> (title, {kind: L_hat after 0 to 5 states (N, 6)}, {right, wrong: falls along the model's
-    own outputs}, L_q of what is left (N, 5), {operands left: (L_hat, L_q of what is left)},
-    {intervention: truths}, rise of L_hat on the way back, one question token by token)."""
+    """-> ({kind: L_hat after 0 to 5 states (N, 6)}, {right, wrong: falls along the model's own
+    outputs}, L_q of what is left (N, 5), {operands left: (L_hat, L_q of what is left)},
+    {intervention: truths}, one question token by token)."""
     model, rng = runs.sft(), random.Random(c.seed)
-    questions, title = cell_of(c)
+    questions, _ = cell_of(c)
     if questions[0].operands <= max(LEFT):
         fail(f"--cells={c.cells}: curve wants questions of more than {max(LEFT)} operands")
     steps = [arithmetic.steps(q, rng)[0] for q in questions]
@@ -64,8 +63,8 @@ def measure(c, runs):
                "L_hat": curves_of(model, questions[:1], [think])[0].round(4).tolist()}
     many = held_out(questions[0].domain, questions[0].operands, 3 * c.questions)
     law = {n: law_at(model, many, n, rng) for n in LEFT}
-    return (title, states, own_outputs(c, model, questions), foretold(model, questions, steps), law,
-            *interventions(model, questions, steps, rng), example)
+    return (states, own_outputs(c, model, questions), foretold(model, questions, steps), law,
+            interventions(model, questions, steps, rng), example)
 
 def in_context(model, questions, trajectories):
     """L_hat after 0, 1, ... whole states of trajectories -> (N, states)."""
@@ -109,37 +108,30 @@ def own_outputs(c, model, questions):
     return {"right": falls[right], "wrong": falls[~right]}
 
 def interventions(model, questions, steps, rng):
-    """With two operands left -> ({intervention: does the model then say so? a truth per question},
-    rise of L_hat where a detour leads back to five operands)."""
+    """With two operands left -> {intervention: does the model say so? a truth per question}."""
     shown = [t[:-1] for t in steps]
     other = others_of(questions, list(zip(questions, shown)), rng)
     swapped = [[*t[:-1], theirs[-1]] for t, (_, theirs) in zip(shown, other)]
     answers = [q.answer for q in questions]
 
-    def logp(trajectories):
-        return direct_logp(model, questions, thinks=[";".join(t) for t in trajectories])
-
     def says(trajectories, wanted):
-        said = logp(trajectories).argmax(-1).tolist()
+        logp = direct_logp(model, questions, thinks=[";".join(t) for t in trajectories])
+        said = logp.argmax(-1).tolist()
         return np.array([str(digit) == answer for digit, answer in zip(said, wanted)])
-    detours = [[*t, t[0]] for t in shown]
-    rise = nll_of(logp(detours), questions) - nll_of(logp(shown), questions)
     return {"all states: the answer": says(shown, answers),
             "last state alone: the answer": says([t[-1:] for t in shown], answers),
             "last state swapped: the other's answer": says(swapped, [o.answer for o, _ in other]),
-            "last state swapped: its own answer": says(swapped, answers)}, rise
+            "last state swapped: its own answer": says(swapped, answers)}
 
 
 def judge(raw):
-    title, states, own, predicted, law, says, detour, example = raw
+    states, own, predicted, law, says, example = raw
     correct = states["correct"]
     fall = {kind: y[:, 0] - y[:, -1] for kind, y in states.items()}
     shaped = fall["correct"] > LEAST
     d = -np.diff(correct[shaped], axis=1)           # falls from state to state
     largest, effective = d.max(1) / d.sum(1), d.sum(1)**2 / (d**2).sum(1)
-    of_law, numbers = judge_law(law)
-    hit, numbers["always the commonest place"] = jumps(correct, predicted)
-    numbers["largest step where predicted"] = interval(hit)
+    hit = jumps(correct, predicted)
     last, whole = (says[f"{seen}: the answer"] for seen in ("last state alone", "all states"))
     verdicts, gaps = decide_all({
         "direction": {"falls": fall["correct"]} | {
@@ -153,18 +145,18 @@ def judge(raw):
             "right ones: falls": own["right"], "wrong ones: rises": -own["wrong"]},
         "progressive": {"2/3 - largest step": (2 / 3 - largest, np.median),
                         "effective steps - 2": (effective - 2, np.median)},
-        "the law": of_law,
+        "the law": margins_of_law(law),
         "the jump's place": {"largest step where predicted - 0.8": hit - 0.8}})
-    return verdicts, numbers | {
-        "gaps": gaps, "title": title, "questions": len(correct),
+    return verdicts, {
+        "gaps": gaps,
         "means": {kind: [interval(column) for column in y.T] for kind, y in states.items()},
         "predicted": [interval(column) for column in predicted.T],
         "singles": correct[:SHOWN].round(3).tolist(),
         "largest step": interval(largest, np.median),
-        "effective steps": interval(effective, np.median),
         "says": {name: interval(truths) for name, truths in says.items()},
-        "rise on a detour": interval(detour),
         "example": example,
+        "rank correlation": {n: round(float(rank_correlation(np.stack(pair, 1), 0)), 3)
+                             for n, pair in law.items()},
         "scatter": {n: np.round(pair, 2).tolist() for n, pair in law.items()}}
 
 def rank_correlation(pairs, axis):
@@ -173,28 +165,23 @@ def rank_correlation(pairs, axis):
     r = r - r.mean(axis, keepdims=True)
     return (r[..., 0] * r[..., 1]).sum(axis) / np.sqrt((r**2).sum(axis).prod(-1))
 
-def judge_law(law):
-    """-> (margins, numbers)."""
+def nearer(a, b):
+    """Half the distance of numbers (N,) where questions swap partners, less their distance."""
+    return 0.5 * np.abs(a - np.roll(b, len(b) // 2)) - np.abs(a - b)
+
+def margins_of_law(law):
     margins = {}
-    found = {"rank correlation": {}, "distance": {}, "distance, partners swapped": {}}
     for n, (h, d) in law.items():
-        pairs, swapped = np.stack((h, d), 1), np.abs(h - np.roll(d, len(d) // 2))
         margins[f"{n} left: rank correlation - 0.7"] = (
-            pairs, lambda pairs, axis: rank_correlation(pairs, axis) - 0.7)
-        margins[f"{n} left: half of swapped - distance"] = 0.5 * swapped - np.abs(h - d)
-        found["rank correlation"][n] = round(float(rank_correlation(pairs, 0)), 3)
-        found["distance"][n] = interval(np.abs(h - d))
-        found["distance, partners swapped"][n] = interval(swapped)
-    return margins, found
+            np.stack((h, d), 1), lambda pairs, axis: rank_correlation(pairs, axis) - 0.7)
+        margins[f"{n} left: half of swapped - distance"] = nearer(h, d)
+    return margins
 
 def jumps(correct, predicted):
-    """-> (does the largest step stand where the law puts it? a truth per question that falls;
-    what always naming the commonest place would get)"""
+    """Does the largest step stand where the law puts it? -> a truth per question that falls."""
     jumped, foretold = (-np.diff(y, axis=1) for y in (correct[:, :-1], predicted))
     falls = jumped.sum(1) > LEAST
-    at = jumped[falls].argmax(1)
-    commonest = np.bincount(at, minlength=1).max() / max(1, len(at))
-    return at == foretold[falls].argmax(1), round(float(commonest), 3)
+    return jumped[falls].argmax(1) == foretold[falls].argmax(1)
 
 
 def draw(numbers):

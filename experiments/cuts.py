@@ -42,14 +42,14 @@ ARMS = {
 
 def measure(c, runs):
     """-> {arm: (L_hat after states (seeds, N, 6), own answers right (seeds, N), checksums)}."""
-    chains, raw = train_arms(c, ARMS), {}
-    for name, seeds in chains.items():
+    raw = {}
+    for name, seeds in train_arms(c, ARMS).items():
+        loaded = [load_model(chain[-1].folder / "ckpt.pt", device_of(c)) for chain in seeds]
+        models, config = [model for model, _ in loaded], loaded[0][1]["config"]
         rng = random.Random("cuts")
-        ops = "+-" if "--ops=+-" in ARMS[name] else "+-*"
-        style = "steps" if "--style=steps" in ARMS[name] else "states"
-        questions = [arithmetic.draw(rng, "expr", 6, "test", ops) for _ in range(c.questions)]
-        steps = [arithmetic.steps(q, rng, style)[0] for q in questions]
-        models = [load_model(chain[-1].folder / "ckpt.pt", device_of(c))[0] for chain in seeds]
+        questions = [arithmetic.draw(rng, "expr", 6, "test", config["ops"])
+                     for _ in range(c.questions)]
+        steps = [arithmetic.steps(q, rng, config["style"])[0] for q in questions]
         states = [in_context(model, questions, steps) for model in models]
         truths = [right(model, questions) for model in models]
         raw[name] = np.array(states), np.array(truths, float), list(map(checksum, models))

@@ -27,7 +27,7 @@ import numpy as np
 from analyze import explicit_curves
 from data import arithmetic
 from experiments import others_of
-from experiments.curve import foretold, in_context, rank_correlation
+from experiments.curve import foretold, in_context, nearer, rank_correlation
 from experiments.figure import BESIDE, COLOURS, band, losses, panels
 from lab.score import commonest, held_out, shallow
 from lab.verdict import decide_all, interval
@@ -53,15 +53,13 @@ def measure(c, runs):
         questions = held_out("expr", n, c.questions)
         lines[n] = {"guess the commonest digit": commonest(questions),
                     "guess by the last operation": float(np.mean(shallow(questions)))}
-        table[n], asked = {}, {}
+        table[n], together = {}, {where: np.ones(len(questions), bool) for where in WHERE}
         for kind in LABELS:
             row, batch = outcomes(model, inner, questions, kind, config.style, c.seed)
             table[n][kind] = {where: np.array(ok) for where, ok in row.items()}
-            for where, ok in row.items():
-                asked[kind, where] = dict(zip([task.solved.text for task in batch], ok))
-        table[n]["together"] = {
-            where: np.array([all(asked[kind, where].get(q.text, True) for kind in TOGETHER)
-                             for q in questions]) for where in WHERE}
+            for where in WHERE if kind in TOGETHER else ():
+                together[where][[questions.index(task.solved) for task in batch]] &= row[where]
+        table[n]["together"] = together
     questions = held_out("expr", largest, c.questions // 2)
     rng = random.Random(f"{c.seed}/explicit")
     steps, orders = ([arithmetic.steps(q, rng, config.style)[0] for q in questions]
@@ -89,26 +87,22 @@ def judge(raw):
         "as the context does":
             {f"{kind}: theta' - context + 3 points": moved[kind] - largest[kind]["in_context"]
              + 0.03 for kind in ("cut", "whole")}}
-    margins["two curves coincide"], found = coincide(curves)
-    verdicts, gaps = decide_all(margins)
-    return verdicts, found | {
+    verdicts, gaps = decide_all(margins | {"two curves coincide": coincide(curves)})
+    return verdicts, {
         "gaps": gaps, "largest": size, "lines": {str(n): row for n, row in lines.items()},
         "table": {str(n): {kind: {where: interval(ok) for where, ok in row.items()}
                       for kind, row in kinds.items()} for n, kinds in table.items()},
         "curves": {name: [interval(column) for column in y.T] for name, y in curves.items()}}
 
 def coincide(curves):
-    """Compares two curves at every number of states but none and all -> (margins, numbers)."""
-    margins, found = {}, {"rank correlation": {}, "ceiling": {}}
+    """Compares two curves at every number of states but none and all -> margins."""
+    margins = {}
     for i in range(1, curves["context"].shape[1] - 1):
         w, h, again = (curves[name][:, i] for name in ("weights", "context", "reordered"))
         margins[f"{i} states: rank correlation - 0.8 of the ceiling"] = (
             np.stack((w, h, again), 1), below_ceiling)
-        margins[f"{i} states: half of swapped - distance"] = (
-            0.5 * np.abs(w - np.roll(h, len(h) // 2)) - np.abs(w - h))
-        for name, pair in (("rank correlation", (w, h)), ("ceiling", (h, again))):
-            found[name][i] = round(float(rank_correlation(np.stack(pair, 1), 0)), 3)
-    return margins, found
+        margins[f"{i} states: half of swapped - distance"] = nearer(w, h)
+    return margins
 
 def below_ceiling(triples, axis):
     """(weights, context, context again), (..., N, 3) -> the first two's rank correlation less 0.8
@@ -149,6 +143,6 @@ def show(numbers):
     lines = []
     for n, kinds in numbers["table"].items():
         shares = [f"{kind} {100 * row['theta_prime'][0]:.0f} ({100 * row['theta'][0]:.0f})"
-                  for kind, row in kinds.items() if row]
+                  for kind, row in kinds.items()]
         lines.append(f"{n} operands, theta' (theta) right in %: {', '.join(shares)}")
     return lines

@@ -73,8 +73,8 @@ def a_curve(rng, correct, alike=True, alone=True):
     predicted = correct[:, :-1] if alike else correct[:, -2::-1]
     fall = noisy(rng, 1)[:, 0]
     example = {"text": "1+2 = 3", "tokens": "1;3", "L_hat": [2, 1, 1, 0]}
-    return ("made up", states | {"correct": correct}, {"right": fall, "wrong": -fall}, predicted,
-            law, says, fall, example)
+    return (states | {"correct": correct}, {"right": fall, "wrong": -fall}, predicted, law, says,
+            example)
 
 @pytest.mark.parametrize("levels, shape", [((2, 1.6, 1.2, 0.8, 0.4, 0), "supported"),
                                            ((2, 2, 2, 2, 0, 0), "refuted")])
