@@ -173,6 +173,17 @@ def measure(c, runs):
 def judge(raw):
     return {"speed": "measured"}, raw
 
+def show(numbers):
+    lines = []
+    for name, row in numbers["steps"].items():
+        lines.append(f"{name}: {row['SFT step, s']:.3f} s per SFT step, "
+                     f"{row['SFT step, share of that']:.0%} of what a matrix product reaches; "
+                     f"{row['meta-step, s']:.3f} s per meta-step")
+    for name, row in numbers["ratios"].items():
+        lines.append("{}: {:.1f} times as long; {:.0f} and {:.0f} MiB".format(
+            name, row["mean"][0], *row["MiB"]))
+    return lines
+
 def draw(numbers):
     fig, ax = panels(1, 7, 3)
     ticks = (1, 2, 5, 10, 20, 50, 100)
