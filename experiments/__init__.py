@@ -21,7 +21,7 @@ from typing import Literal
 import meta
 import train
 from data import arithmetic
-from lab.flags import fail, flag, flags
+from lab.flags import chosen, fail, flag, flags
 from lab.run import checksum, device_of, revision, write
 from lab.score import held_out
 
@@ -160,7 +160,7 @@ def run(name: str, c, device, models: dict) -> dict:
                 "gaps": [{f"{part}, {margin}": gap
                           for part, margins in numbers.get("gaps", {}).items()
                           for margin, gap in margins.items() if gap} for _, numbers in judged],
-                "checkpoints": checkpoints, "seeds": c.seeds if trains else None,
+                "checkpoints": checkpoints, "seeds": trains and getattr(experiment, "SEEDS", c.seeds),
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
             if row_by_row:                          # one that is cut short counts, too
@@ -198,11 +198,9 @@ def spoken(verdicts: list) -> list:
 
 def typed(name: str, c) -> str:
     """What to type to run it again."""
-    words = ["python analyze.py", name]
-    for key, value in asdict(c).items():
-        if value != getattr(Analyze, key) and key not in ("names", "out", "arm"):
-            words.append(f"--{key}={shlex.quote(str(value))}")
-    return " ".join([*words, *(f"--arm={shlex.quote(arm)}" for arm in c.arm)])
+    given = [f"--{key}={value}" for key, value in chosen(c).items()
+             if key not in ("names", "out", "arm")]
+    return shlex.join(["python", "analyze.py", name, *given, *(f"--arm={arm}" for arm in c.arm)])
 
 
 # --------------------------------------------------------------------------------- command line

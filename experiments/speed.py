@@ -26,7 +26,7 @@ from lab.score import exact_match
 from model import Attention, Config, Model, backend_of, weights
 
 CLAIM = "what each trick buys"
-TRAINS = True                       # it makes models of its own
+TRAINS, SEEDS = True, 0             # it makes a model of its own
 REPEATS, LONG = 5, 4.0              # repeats of what takes fewer seconds in all
 LENGTHS = (64, 512, 2048)           # tokens of a trajectory that attention reads
 # Meta-gradients, rows of generation, tokens of a curve, tokens that attention reads.
