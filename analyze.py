@@ -47,11 +47,11 @@ def prefix_logp(model, questions: list, thinks: list, size: int = 64) -> list:
         out += [logp[i, :len(row.asides)] for i, row in enumerate(rows)]
     return out
 
-def curves_of(model, questions: list, thinks: list, answers: list = None) -> list:
+def curves_of(model, questions: list, thinks: list) -> list:
     """L_hat[i] = NLL of the answer after the first i tokens of a trajectory, i = 0..|t| -> an array
-    (|t| + 1,) per question; `answers`: of other answers (texts) than the true ones."""
-    answers = answers or [q.answer for q in questions]
-    return [-logp[:, int(a)] for logp, a in zip(prefix_logp(model, questions, thinks), answers)]
+    (|t| + 1,) per question."""
+    logps = prefix_logp(model, questions, thinks)
+    return [-logp[:, int(q.answer)] for logp, q in zip(logps, questions)]
 
 def at_states(curve, think: str):
     """Keeps of a curve over tokens what stands after 0, 1, 2, ... whole states."""

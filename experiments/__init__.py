@@ -160,7 +160,8 @@ def run(name: str, c, device, models: dict) -> dict:
                 "gaps": [{f"{part}, {margin}": gap
                           for part, margins in numbers.get("gaps", {}).items()
                           for margin, gap in margins.items() if gap} for _, numbers in judged],
-                "checkpoints": checkpoints, "seeds": trains and getattr(experiment, "SEEDS", c.seeds),
+                "checkpoints": checkpoints,
+                "seeds": trains and getattr(experiment, "SEEDS", c.seeds),
                 "command": typed(name, c), "config": asdict(replace(c, device=device.type)),
                 "revision": revision(), "seconds": round(time.perf_counter() - began, 1)}
             if row_by_row:                          # one that is cut short counts, too
