@@ -54,12 +54,11 @@ class Analyze:
 
 class Runs:
     """The runs that a command line names, loaded when asked for. The default ones are trained first
-    where they are missing. loaded: {folder: run}, so that none is loaded twice; `checkpoints`:
-    {folder: checksum} of what an experiment looked at; others: of what it had looked at before."""
+    where they are missing. `checkpoints`: {folder: checksum} of what an experiment looked at;
+    others: of what it had looked at before."""
 
-    def __init__(self, c, device, loaded: dict, others: dict):
-        self.c, self.device, self.loaded, self.others = c, device, loaded, others
-        self.checkpoints = {}
+    def __init__(self, c, device, others: dict):
+        self.c, self.device, self.others, self.checkpoints = c, device, others, {}
 
     def sft(self):
         return self.get(self.c.sft, train, train.load_model)[0]
@@ -75,19 +74,18 @@ class Runs:
         return found
 
     def get(self, folder, script, load, *init):
-        if folder not in self.loaded:
-            path, name = Path(folder) / "ckpt.pt", script.__name__
-            made = folder == {"train": Analyze.sft, "meta": Analyze.meta}[name]
-            if made and not (Path(folder) / "summary.json").exists():
-                print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
-                words = [f"--out={folder}", f"--device={self.c.device}"]
-                words += ["--resume"] if path.exists() else [*init, "--overwrite"]
-                getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
-            self.loaded[folder] = load(path, self.device)
-        weights = self.checkpoints[folder] = checksum(self.loaded[folder][0])
+        path, name = Path(folder) / "ckpt.pt", script.__name__
+        made = folder == {"train": Analyze.sft, "meta": Analyze.meta}[name]
+        if made and not (Path(folder) / "summary.json").exists():
+            print(f"{'going on with' if path.exists() else 'training'} the model in {folder}")
+            words = [f"--out={folder}", f"--device={self.c.device}"]
+            words += ["--resume"] if path.exists() else [*init, "--overwrite"]
+            getattr(script, name)(*flags(getattr(script, name.capitalize()), words))
+        found = load(path, self.device)
+        weights = self.checkpoints[folder] = checksum(found[0])
         if weights in self.others.values():
             fail(f"{folder} has the same weights as another of these models, and would count twice")
-        return self.loaded[folder]
+        return found
 
 
 def cells_of(spec: str) -> list:
@@ -136,18 +134,18 @@ def experiment_of(name: str):
     trainings = importlib.import_module("experiments.trainings")
     return trainings.TABLE.get(name) or importlib.import_module(f"experiments.{name}")
 
-def run(name: str, c, device, models: dict) -> dict:
+def run(name: str, c, device) -> dict:
     """Runs one experiment: its verdicts, numbers and figure in OUT/figures -> what the JSON holds.
 
     Where --sft and --meta name several runs, it is repeated on each: numbers and figure are of the
-    first, verdicts of all. models: those that are loaded."""
+    first, verdicts of all."""
     experiment = experiment_of(name)
     trains = getattr(experiment, "TRAINS", False)
     judged, checkpoints, began = [], {}, time.perf_counter()
     path = Path(c.out) / "figures" / f"{name}{'-' * bool(c.tag)}{c.tag}.json"
 
     for i, one in enumerate([c] if trains else each_model(c)):
-        runs = Runs(one, device, models, checkpoints)
+        runs = Runs(one, device, checkpoints)
         measured = experiment.measure(one, runs)
         row_by_row = inspect.isgenerator(measured)
         for raw in measured if row_by_row else [measured]:
@@ -244,10 +242,10 @@ def main():
     if c.redraw:
         redraw(c)
         return
-    device, models = device_of(c), {}
+    device = device_of(c)
     for name in [name for name in c.names or TOUR if name != "report"]:
         try:
-            run(name, c, device, models)
+            run(name, c, device)
         except SystemExit as e:                     # it has said why; the others of a tour go on
             if c.names or e.code != 2:
                 raise

@@ -187,7 +187,7 @@ def test_two_arms_are_trained_compared_and_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     more = f"more: {TINY} --steps=2 | meta.py --steps=1 --fast='*.up'"
     c = of(tmp_path / "out", f"{TINY} --steps=2", more, cells="expr:3")
-    result = experiments.run("compare", c, torch.device("cpu"), {})
+    result = experiments.run("compare", c, torch.device("cpu"))
     said, before = capsys.readouterr().out, contents(tmp_path / "out" / "runs")
     assert "2 runs to train, 1 at a time\nthe first took" in said
     assert said.index(f"begin with: {TINY}") < said.index("plain") < said.index("more: ")
@@ -202,7 +202,7 @@ def test_two_arms_are_trained_compared_and_kept(tmp_path, capsys, monkeypatch):
     assert all(len(scores[m]) == 20 for m in ("exact", "mg", "sibling", "sibling, in context"))
 
     with ThreadPoolExecutor() as notebook:          # nothing is trained again
-        notebook.submit(experiments.run, "compare", c, torch.device("cpu"), {}).result()
+        notebook.submit(experiments.run, "compare", c, torch.device("cpu")).result()
     assert "0 runs to train" in capsys.readouterr().out
     assert contents(tmp_path / "out" / "runs") == before
 

@@ -185,7 +185,7 @@ def test_what_is_measured_row_by_row_is_on_disk_when_it_is_cut_off(tmp_path, mon
         raise KeyboardInterrupt
     monkeypatch.setattr(speed, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        experiments.run("speed", Analyze(out=str(tmp_path)), torch.device("cpu"), {})
+        experiments.run("speed", Analyze(out=str(tmp_path)), torch.device("cpu"))
     result = json.loads((tmp_path / "figures" / "speed.json").read_text())
     assert result["numbers"] == {"ratios": {"a": 2}} and result["verdicts"]
 
@@ -344,5 +344,5 @@ def test_a_checksum_is_of_what_was_loaded(base, tmp_path, monkeypatch):
         path.write_bytes(b"the next one")
         return found
     monkeypatch.setattr(train, "load_model", load_model)
-    runs = Runs(Analyze(sft=str(tmp_path)), torch.device("cpu"), {}, {})
+    runs = Runs(Analyze(sft=str(tmp_path)), torch.device("cpu"), {})
     assert runs.checkpoints == {} and checksum(runs.sft()) == runs.checkpoints[str(tmp_path)]
