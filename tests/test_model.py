@@ -85,20 +85,26 @@ def test_the_kernel_of_every_kind_is_the_tables():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("asides", (True, False))
-def test_a_gpu_runs_these_kernels_and_no_other(dtype, asides):
-    """Training rows with asides and without, forward, backward and twice: a fallback is refused."""
+def test_a_gpu_runs_the_tables_kernel_and_no_other(dtype, asides, monkeypatch):
+    """For every call in training rows, with asides and without, forward, backward and twice."""
+    card, real, seen = torch.cuda.get_device_capability(), model.fused, set()
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+               "math": SDPBackend.MATH}
+
+    def only(q, k, v, bias=None):
+        name = backend_of(q.dtype, bias is not None, bias is None, card)
+        seen.add(name)
+        with sdpa_kernel([kernels[name]]):              # a fallback is refused
+            return real(q, k, v, bias)
+    monkeypatch.setattr(model, "fused", only)
     one = Model(Config(text.VOCAB, layers=2)).cuda()
     one.dtype, batch = dtype, text.batch(some_rows(asides), "cuda")
-    card, kernels = torch.cuda.get_device_capability(), {
-        "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH}
-    names = {backend_of(dtype, mask, not mask, card) for mask in {False, asides}}
-    with sdpa_kernel([kernels[name] for name in names]):
-        loss = one.score(one(**batch.inputs()), batch.targets).mean()
-        grads = torch.autograd.grad(loss, list(one.parameters()), create_graph=True)
-        (loss + sum(g.square().sum() for g in grads)).backward()
-        one.score(one(**batch.inputs()), batch.targets).mean().backward()
+    loss = one.score(one(**batch.inputs()), batch.targets).mean()
+    grads = torch.autograd.grad(loss, list(one.parameters()), create_graph=True)
+    (loss + sum(g.square().sum() for g in grads)).backward()
+    one.score(one(**batch.inputs()), batch.targets).mean().backward()
     assert all(p.grad.isfinite().all() for p in one.parameters())
+    assert seen == {backend_of(dtype, mask, not mask, card) for mask in {False, asides}}
 
 
 def slow_attention(q, k, v, seen):
