@@ -31,7 +31,7 @@ TOUR = ("curve", "explicit", "step", "patch", "gradient")       # what runs unas
 @dataclass
 class Analyze:
     """Experiments on a trained model; each writes a figure, its data and a verdict to --out."""
-    names: tuple = flag((), "experiments, or report; none: the tour", words=True)
+    names: tuple = flag((), "experiments; none: the tour", words=True)
     sft: str = flag("out/sft", "runs of train.py to look at; the default one is made")
     meta: str = flag("out/meta", "runs of meta.py to look at; the default one is made")
     out: str = flag("out", "figures go to OUT/figures, runs of comparisons to OUT/runs")
@@ -219,8 +219,8 @@ def redraw(c):
 def check(c):
     """Refuses, with a line, what no experiment can do anything with."""
     for name in c.names:
-        if not c.redraw and name not in (*known(), "report"):
-            fail(f"there is no experiment {name!r}: choose from {', '.join([*known(), 'report'])}")
+        if not c.redraw and name not in known():
+            fail(f"there is no experiment {name!r}: choose from {', '.join(known())}")
     if len(set(c.names)) < len(c.names):
         fail("an experiment is named twice")
     if c.cells:
@@ -243,7 +243,7 @@ def main():
         redraw(c)
         return
     device = device_of(c)
-    for name in [name for name in c.names or TOUR if name != "report"]:
+    for name in c.names or TOUR:
         try:
             run(name, c, device)
         except SystemExit as e:                     # it has said why; the others of a tour go on

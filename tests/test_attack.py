@@ -213,7 +213,7 @@ LINES = {"train": """
     --resume : resume | --init=nowhere : nowhere | --init=foreign : foreign""", "analyze": """
     nope : nope | curve curve : twice | compare : arms | compare --arm=--steps=3 : arms |
     curve --arm=a --arm=b : arms | --cells=expr:9 : cells | --cells=expr : cells | --tag=a/b : tag |
-    curve --questions=0 : questions | report : report | curve --redraw : figures |
+    curve --questions=0 : questions | curve --redraw : figures |
     dots --questions=20 --sft=BASE,BASE/. : twice | --tag=../../x : tag |
     curve --sft=mistyped : mistyped | explicit --sft=a,b --meta=c,d,e : pairs |
     explicit --sft=BASE --meta=BASE : meta.py"""}
