@@ -29,10 +29,9 @@ def some_questions():
     questions = [Q, *(arithmetic.draw(rng, "expr", n, "test") for n in (3, 6, 5))]
     return questions, [THINK, *(arithmetic.trajectory(q, rng) for q in questions[1:])]
 
-def loss_of(model, q, think="", weights={}, answer=None):
-    """NLL of an answer after one trajectory: a plain row, weights given."""
-    logp = logp_at_end(model, text.prompt(q.text, think), weights)
-    return -float(logp[int(answer or q.answer)].detach())
+def loss_of(model, q, weights):
+    """NLL of the answer without a trajectory: a plain row, weights given."""
+    return -float(logp_at_end(model, text.prompt(q.text, ""), weights)[int(q.answer)].detach())
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -56,7 +55,7 @@ def test_explicit_curves_are_those_of_each_prefix_alone(tiny):
         for q, of, steps, curve in zip(questions, solved, trajectories, curves, strict=True):
             tasks = [Task(of, steps[:i], [q]) for i in range(1, len(steps) + 1)]
             moved = [meta.theta_prime(tiny, inner, support([task])) for task in tasks]
-            close(curve, [loss_of(tiny, q, "", weights) for weights in ({}, *moved)])
+            close(curve, [loss_of(tiny, q, weights) for weights in ({}, *moved)])
 
 
 @pytest.mark.parametrize("bias", (False, True))
