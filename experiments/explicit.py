@@ -29,6 +29,7 @@ from data import arithmetic
 from experiments import others_of
 from experiments.curve import foretold, in_context, nearer, rank_correlation
 from experiments.figure import BESIDE, COLOURS, band, losses, panels
+from lab.flags import fail
 from lab.score import commonest, held_out, shallow
 from lab.verdict import decide_all, interval
 from meta import outcomes
@@ -49,6 +50,8 @@ def measure(c, runs):
     {context, reordered, weights, other, predicted: losses (N, states)})."""
     model, inner, config = runs.meta()
     largest, table, lines = max(config.counts), {}, {}
+    if largest < 4:                                 # the sides of an operation are no questions yet
+        fail(f"--meta={c.meta}: trajectories of 4 operands or more are expected, these have 3")
     for n in (largest, largest + 1):
         questions = held_out("expr", n, c.questions)
         lines[n] = {"guess the commonest digit": commonest(questions),
